@@ -1,0 +1,1 @@
+"""Aligning language models in JAX: losses, models, training and evaluation."""

@@ -1,0 +1,1 @@
+"""Data: record formats, sources, tokenisation, batches and the loader; numpy only, no jax."""

@@ -1,0 +1,170 @@
+"""The batch layout of all offline algorithms: rows of right-padded, possibly packed examples.
+
+R rows of T tokens, S targets a row, N responses in the batch (numbered through the examples in
+order):
+
+    tokens          [R,T] int32    0 where padded, never inspected
+    positions       [R,T] int32    from 0 in each example; every response continues at len(prompt)
+    segment_ids     [R,T] int32    0 = padding; the examples in a row are 1, 2, ...
+    branch_ids      [R,T] int32    0 = prompt; 1, 2, ... = its responses, blind to each other
+    predict_from    [R,S] int32    index in the row of the hidden state that predicts the target
+    targets         [R,S] int32    the token to be predicted
+    target_mask     [R,S] float32  1 where the target counts
+    target_response [R,S] int32    the response (0..N-1) the target belongs to, 0 where masked
+
+A prompt is there once for all its responses, and only positions with a target reach the vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from align_jax.data.chat import Example
+from align_jax.data.formats import DataError
+
+Batch = dict[str, np.ndarray]
+
+
+def round_up_to_bucket(
+    length: int, buckets: Sequence[int], *, key: str = "data.length_buckets"
+) -> int:
+    """Returns the smallest bucket that holds `length`.
+
+    Raises DataError naming the config key `key` if none does.
+    """
+    fitting = [bucket for bucket in buckets if bucket >= length]
+    if not fitting:
+        raise DataError(
+            f"{length} fits in none of the buckets {tuple(buckets)} of {key}: add a bucket of at "
+            f"least {length}, or lower data.max_length"
+        )
+    return min(fitting)
+
+
+def build_batch(
+    examples: Sequence[Example],
+    *,
+    rows: int,
+    length_buckets: Sequence[int],
+    target_buckets: Sequence[int],
+) -> Batch:
+    """Lays `examples` out in `rows` rows, as the module's docstring says.
+
+    As many rows as examples: example r is row r. Fewer rows: examples are packed, the longest first
+    into the row with the fewest tokens. The first token of a response without a prompt has nothing
+    to predict it and is no target. Raises DataError if no bucket holds the longest row, or there
+    are more rows than examples.
+    """
+    if not 1 <= rows <= len(examples):
+        raise DataError(
+            f"{rows} rows for {len(examples)} examples: expected from 1 to {len(examples)}"
+        )
+    first_response = np.cumsum([0, *(len(example.responses) for example in examples)])
+    placed = [_Row() for _ in range(rows)]
+    for row, members in zip(placed, _assign(examples, rows), strict=True):
+        for segment, index in enumerate(members, start=1):
+            row.add(examples[index], segment, int(first_response[index]))
+    length = round_up_to_bucket(max(row.length for row in placed), length_buckets)
+    targets = round_up_to_bucket(
+        max(sum(map(len, row.columns["targets"])) for row in placed),
+        target_buckets,
+        key="data.target_buckets",
+    )
+    batch = {}
+    for name in _TOKEN_ARRAYS + _TARGET_ARRAYS:
+        width = length if name in _TOKEN_ARRAYS else targets
+        out = np.zeros((rows, width), np.float32 if name == "target_mask" else np.int32)
+        for r, row in enumerate(placed):
+            values = np.concatenate(row.columns[name]) if row.columns[name] else ()
+            out[r, : len(values)] = values
+        batch[name] = out
+    return batch
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], buckets: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pads prompts to one bucket: tokens `[B,T]` int32 and lengths `[B]` int32.
+
+    Raises DataError if there is no prompt, one is empty, or no bucket holds the longest.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if lengths.size == 0 or lengths.min() == 0:
+        what = f"prompt {int(lengths.argmin())} is empty" if lengths.size else "there is no prompt"
+        raise DataError(f"{what}: expected prompts of one token or more")
+    tokens = np.zeros((len(prompts), round_up_to_bucket(int(lengths.max()), buckets)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, lengths
+
+
+def separate_responses(examples: Sequence[Example]) -> list[Example]:
+    """Gives every response its own example with its own copy of the prompt.
+
+    The responses keep their numbers, so a batch of these must give the log-probabilities of the
+    batch that shares the prompts.
+    """
+    return [
+        dataclasses.replace(example, responses=(response,), response_masks=(mask,))
+        for example in examples
+        for response, mask in zip(example.responses, example.response_masks, strict=True)
+    ]
+
+
+_TOKEN_ARRAYS = ("tokens", "positions", "segment_ids", "branch_ids")
+_TARGET_ARRAYS = ("predict_from", "targets", "target_mask", "target_response")
+
+
+class _Row:
+    """One row while it is filled: for every array the pieces to be joined."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.columns: dict[str, list[np.ndarray]] = {
+            name: [] for name in _TOKEN_ARRAYS + _TARGET_ARRAYS
+        }
+
+    def add(self, example: Example, segment: int, first_response: int) -> None:
+        start, prompt_length = self.length, len(example.prompt)
+        self._append_tokens(example.prompt, 0, segment, 0)
+        pairs = zip(example.responses, example.response_masks, strict=True)
+        for offset, (response, mask) in enumerate(pairs):
+            begin = self.length
+            self._append_tokens(response, prompt_length, segment, offset + 1)
+            predictor = np.arange(begin - 1, begin - 1 + len(response))
+            counts = np.asarray(mask) > 0
+            if len(response):
+                # The first token is predicted by the end of the prompt, which stands elsewhere in
+                # the row for every response but the first.
+                predictor[0] = start + prompt_length - 1
+                counts[0] &= prompt_length > 0
+            size = int(counts.sum())
+            self.columns["predict_from"].append(predictor[counts])
+            self.columns["targets"].append(np.asarray(response)[counts])
+            self.columns["target_mask"].append(np.ones(size, np.float32))
+            self.columns["target_response"].append(np.full(size, first_response + offset))
+
+    def _append_tokens(self, tokens: np.ndarray, position: int, segment: int, branch: int) -> None:
+        size = len(tokens)
+        self.columns["tokens"].append(tokens)
+        self.columns["positions"].append(np.arange(position, position + size))
+        self.columns["segment_ids"].append(np.full(size, segment))
+        self.columns["branch_ids"].append(np.full(size, branch))
+        self.length += size
+
+
+def _assign(examples: Sequence[Example], rows: int) -> list[list[int]]:
+    """Which examples go to which row; the longest first, each to the row with the fewest tokens."""
+    if rows == len(examples):
+        return [[index] for index in range(rows)]
+    lengths = [len(e.prompt) + sum(map(len, e.responses)) for e in examples]
+    members: list[list[int]] = [[] for _ in range(rows)]
+    loads = [0] * rows
+    for index in sorted(range(len(examples)), key=lambda index: -lengths[index]):
+        row = loads.index(min(loads))
+        members[row].append(index)
+        loads[row] += lengths[index]
+    return members

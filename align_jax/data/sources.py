@@ -1,0 +1,268 @@
+"""Where records come from: JSON files, Hugging Face `datasets`, TFDS and what is built in.
+
+    PATH.jsonl  PATH.jsonl.gz  PATH.json  PATH.json.gz
+    hf:PATH_OR_NAME[@config][#split]   through `datasets`
+    tfds:NAME[#split]                  through `tfds.data_source`, without TensorFlow
+    builtin:NAME[#split]               data/builtin.py
+
+All records are validated before the first one is returned.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import logging
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from align_jax.data import builtin
+from align_jax.data.formats import DataError, Record, parse_record
+
+FILE_TYPES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+_INVALID = ("error", "drop")
+_log = logging.getLogger(__name__)
+
+Rows = Iterator[tuple[str, Any]]
+
+
+def load_records(
+    source: str, *, kind: str, limit: int | None = None, invalid: str = "error"
+) -> list[Record]:
+    """Reads and validates the records of `source`, at most the first `limit` of them.
+
+    A record keeps its origin in `where`: "FILE:LINE" (from 1), or "SOURCE: row N" (from 0).
+    `invalid="drop"` leaves out records that have the wrong fields (Anthropic's own file has pairs
+    with two prompts) and logs how many; a file that cannot be read to its end is always an error.
+
+    Raises DataError with one message: a source that is not there (and what is near it), broken
+    JSON, not UTF-8, a file cut short, a wrong field, no records.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}; expected at least 1, or none")
+    if invalid not in _INVALID:
+        raise DataError(f"data.invalid is {invalid!r}; expected one of {', '.join(_INVALID)}")
+    source = os.fspath(source)
+    scheme, colon, rest = source.partition(":")
+    if colon and scheme in _SCHEMES:
+        rows = _SCHEMES[scheme](rest)
+    elif colon and scheme.isalpha() and not os.path.exists(source) and len(scheme) > 1:
+        raise DataError(
+            f"{source}: no kind of source is called '{scheme}:'; expected a path, or one of "
+            + ", ".join(f"{name}:" for name in _SCHEMES)
+        )
+    else:
+        rows = _read_file(os.path.expanduser(source))
+    records: list[Record] = []
+    dropped: list[DataError] = []
+    for where, raw in rows:
+        try:
+            records.append(parse_record(raw, kind=kind, where=where))
+        except DataError as error:
+            if invalid == "error":
+                raise
+            dropped.append(error)
+        if len(records) == limit:
+            break
+    if dropped:
+        total = len(records) + len(dropped)
+        what = f"{len(dropped)} of {total} records of {source} are invalid; the first: {dropped[0]}"
+        if not records:
+            raise DataError(what)
+        _log.warning("left out: %s", what)
+    if not records:
+        raise DataError(f"{source}: the data set is empty; expected at least one record")
+    return records
+
+
+def _read_file(path: str) -> Rows:
+    if not os.path.isfile(path):
+        raise DataError(_explain_missing(path))
+    if not path.endswith(FILE_TYPES):
+        raise DataError(
+            f"{path}: unknown type of file; expected a name that ends in {', '.join(FILE_TYPES)} "
+            "(or hf:DIRECTORY for what `datasets` reads, Parquet among it)"
+        )
+    if path.removesuffix(".gz").endswith(".json"):
+        text = "".join(line for _, line in _read_lines(path))
+        if not text.strip():
+            return
+        if not text.lstrip().startswith("{"):
+            yield from _parse_array(path, text)
+            return
+        # Many a file of JSON lines is called .json.
+    for number, line in _read_lines(path):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise _broken(path, number, error) from error
+            yield f"{path}:{number}", record
+
+
+def _read_lines(path: str) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        opener = gzip.open if path.endswith(".gz") else open
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                yield number, line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}:{number}: not UTF-8: byte 0x{error.object[error.start]:02x} at column "
+            f"{error.start + 1}; expected UTF-8 text"
+            + ("" if path.endswith(".gz") else " (a compressed file must be named .gz)")
+        ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        problem = "is cut short" if isinstance(error, EOFError) else "is no sound gzip file"
+        raise DataError(
+            f"{path}: {problem} ({error}; {number} whole lines could be read): fetch it again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _broken(path: str, line: int, error: Exception) -> DataError:
+    if isinstance(error, RecursionError):
+        return DataError(f"{path}:{line}: JSON nested too deeply")
+    near = error.doc[max(0, error.pos - 20) : error.pos + 20]
+    return DataError(
+        f"{path}:{line}: broken JSON: {error.msg} at column {error.colno}, near {near!r}"
+    )
+
+
+def _parse_array(path: str, text: str) -> Rows:
+    """The elements of a JSON array, each with the line it begins on."""
+    try:
+        array = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _broken(path, getattr(error, "lineno", 1), error) from error
+    if not isinstance(array, list):
+        raise DataError(f"{path}: found {type(array).__name__}, expected an array of records")
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    line, end = 1, 0
+    begin = text.index("[") + 1
+    for _ in array:
+        begin = gap.match(text, begin).end()
+        line += text.count("\n", end, begin)
+        record, end = decoder.raw_decode(text, begin)
+        yield f"{path}:{line}", record
+        line += text.count("\n", begin, end)
+        begin = end
+
+
+def _explain_missing(path: str) -> str:
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if name.endswith(FILE_TYPES))
+        holds = f"it holds {', '.join(names[:8])}" if names else "it holds no JSON files"
+        return f"{path}: is a directory, expected a file: {holds}; for `datasets` write hf:{path}"
+    parent = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(parent):
+        while not os.path.isdir(parent):
+            parent = os.path.dirname(parent)
+        return f"{path}: no such file: its directory is missing too; {parent} is there"
+    names = sorted(os.listdir(parent))
+    near = difflib.get_close_matches(os.path.basename(path), names, n=1)
+    if near:
+        return (
+            f"{path}: no such file; did you mean '{os.path.join(os.path.dirname(path), near[0])}'?"
+        )
+    files = [name for name in names if name.endswith(FILE_TYPES)][:8]
+    holds = f"holds {', '.join(files)}" if files else "holds no JSON files"
+    return f"{path}: no such file; {parent} {holds}"
+
+
+def _read_huggingface(spec: str) -> Rows:
+    import datasets
+
+    source = f"hf:{spec}"
+    path, _, split = spec.partition("#")
+    split = split or "train"
+    path, config = os.path.expanduser(path), None
+    if not os.path.exists(path):
+        path, _, config = path.partition("@")
+    if os.path.isfile(path):
+        raise DataError(f"{source}: is a file; expected a directory or the name of a data set")
+    if path.startswith((".", "/", "~")) and not os.path.isdir(path):
+        raise DataError(_explain_missing(path).replace("no such file", "no such directory"))
+    saved = [name for name in ("dataset_dict.json", "state.json") if _has(path, name)]
+    try:
+        if saved:
+            data = datasets.load_from_disk(path)
+            if isinstance(data, datasets.DatasetDict):
+                if split not in data:
+                    raise DataError(f"{source}: no split '{split}'; it has {', '.join(data)}")
+                data = data[split]
+        else:
+            data = datasets.load_dataset(path, name=config or None, split=split)
+    except DataError:
+        raise
+    # The library raises what its storage back ends raise, without a common base.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(f"{source}: `datasets` cannot load it: {reason}") from error
+    for row in range(len(data)):
+        yield f"{source}: row {row}", data[row]
+
+
+def _has(path: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(path, name))
+
+
+def _read_tfds(spec: str) -> Rows:
+    source = f"tfds:{spec}"
+    name, _, split = spec.partition("#")
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DataError(
+            f"{source}: needs the package tensorflow-datasets (not TensorFlow): "
+            "pip install tensorflow-datasets array-record"
+        ) from error
+    try:
+        data = tfds.data_source(name, split=split or "train")
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(f"{source}: `tfds` cannot load it: {reason}") from error
+    for row in range(len(data)):
+        where = f"{source}: row {row}"
+        yield where, _plain(data[row], where)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Bytes and numpy values as JSON has them; a dict of lists of messages as a list of dicts."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8: {value[:40]!r}") from error
+    if isinstance(value, dict):
+        plain = {name: _plain(one, where) for name, one in value.items()}
+        columns = (plain.get("role"), plain.get("content"))
+        if all(isinstance(column, list) for column in columns):
+            roles, contents = columns
+            return [
+                {"role": role, "content": content}
+                for role, content in zip(roles, contents, strict=True)
+            ]
+        return plain
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist(), where)
+    if isinstance(value, (list, tuple)):
+        return [_plain(one, where) for one in value]
+    return value
+
+
+def _read_builtin(spec: str) -> Rows:
+    name, _, split = spec.partition("#")
+    for row, record in enumerate(builtin.load_builtin(name, split or None)):
+        yield f"builtin:{spec}: row {row}", record
+
+
+_SCHEMES = {"hf": _read_huggingface, "tfds": _read_tfds, "builtin": _read_builtin}

@@ -1,0 +1,1 @@
+"""Meshes and the table that says how named array dimensions lie on them."""

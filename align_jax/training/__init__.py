@@ -1,0 +1,1 @@
+"""State, steps, loops, checkpoints and metrics."""

@@ -1,0 +1,142 @@
+"""Checkpoints: one flat, named dictionary of arrays and one JSON object, written by Orbax.
+
+Names are the paths of the leaves in the train state (`model.blocks.mlp.up`, ...), so a checkpoint does
+not depend on how a library spells its containers. Orbax writes beside the final place and renames: a
+run killed while saving still has the checkpoint before.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from align_jax.training.errors import RunError
+
+
+def flatten(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Leaves under dotted names."""
+
+    def name(path):
+        # The last key of a parameter is flax's own field of nnx.Param, `value`.
+        keys = path[:-1] if getattr(path[-1], "name", None) == "value" else path
+        return ".".join(
+            str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in keys
+        )
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return {name(path): leaf for path, leaf in leaves}
+
+
+def unflatten(tree: Any, leaves: dict[str, Any]) -> Any:
+    """The inverse of `flatten`, into the structure of `tree`."""
+    structure = jax.tree.structure(tree)
+    return jax.tree.unflatten(structure, [leaves[name] for name in flatten(tree)])
+
+
+class Checkpointer:
+    """Saves and restores train states under `directory`, keeping the newest `keep`.
+
+    Args:
+      directory: `WORKDIR/checkpoints`.
+      keep: checkpoints to keep.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 1):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self.directory = Path(directory).resolve()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                enable_async_checkpointing=True,
+            ),
+            item_names=("model", "optimizer", "data"),
+        )
+
+    def latest_step(self) -> int | None:
+        """Step of the newest finished checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: Any, data: dict[str, Any]) -> None:
+        """Starts writing a train state; its arrays may be donated as soon as this returns."""
+        args = self._ocp.args
+        self._manager.save(
+            int(state.step),
+            args=args.Composite(
+                model=args.StandardSave(flatten(state.model)),
+                optimizer=args.StandardSave(flatten(state.optimizer)),
+                data=args.JsonSave(data),
+            ),
+        )
+
+    def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest checkpoint in the structure, and with the shardings, of the train state `state`.
+
+        Raises:
+          RunError: the checkpoint holds other names or shapes.
+        """
+        step = self.latest_step()
+        items = {"model": state.model, "optimizer": state.optimizer}
+        restored = self._restore(step, items, with_data=True)
+        parts = {name: unflatten(tree, restored[name]) for name, tree in items.items()}
+        step = jax.device_put(np.int32(step), state.step.sharding)
+        return state._replace(step=step, **parts), restored["data"]
+
+    def restore_model(self, model: Any) -> Any:
+        """The newest checkpoint's model alone, as `restore`."""
+        restored = self._restore(self.latest_step(), {"model": model}, with_data=False)
+        return unflatten(model, restored["model"])
+
+    def _restore(self, step: int, items: dict[str, Any], *, with_data: bool) -> dict[str, Any]:
+        args = self._ocp.args
+        metadata = self._manager.item_metadata(step)
+        wanted = {}
+        for item, tree in items.items():
+            leaves = flatten(tree)
+            self._check(step, leaves, metadata[item])
+            abstract = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+                for name, leaf in leaves.items()
+            }
+            wanted[item] = args.StandardRestore(abstract)
+        if with_data:
+            wanted["data"] = args.JsonRestore()
+        return self._manager.restore(step, args=args.Composite(**wanted))
+
+    def _check(self, step: int, wanted: dict[str, Any], saved: Any) -> None:
+        for name, leaf in wanted.items():
+            if name not in saved:
+                raise RunError(
+                    f"the checkpoint of step {step} in {self.directory} has no {name}: it belongs to "
+                    "another model. Use the config it was made with, or another --workdir."
+                )
+            if tuple(saved[name].shape) != tuple(leaf.shape):
+                raise RunError(
+                    f"the checkpoint of step {step} in {self.directory} has {name} of shape "
+                    f"{tuple(saved[name].shape)}, this config's model has {tuple(leaf.shape)}. Use "
+                    "the config it was made with, or another --workdir."
+                )
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk, and raises what went wrong on the way."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the background threads."""
+        self._manager.close()
+
+
+def require_space(directory: Path, state: Any, copies: int) -> None:
+    """Raises `RunError` if `copies` checkpoints of `state` will not fit on the disk of `directory`."""
+    needed = copies * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise RunError(
+            f"{directory} has {free / 2**30:.2f} GiB free, and checkpoints need "
+            f"{needed / 2**30:.2f} GiB. Free some space or choose another --workdir."
+        )

@@ -1,0 +1,188 @@
+"""Metrics of a run on disk and progress on the terminal."""
+
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+_FILE = "metrics.jsonl"
+_RESERVED = ("step", "wall_time")
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
+    """Rows of WORKDIR/metrics.jsonl in the order written: {step, wall_time, metric: value, ...}.
+
+    wall_time is in seconds since the epoch. A last line cut short by a kill is left out. Raises
+    FileNotFoundError if there is no such file, ValueError naming file and line if another line is
+    bad.
+    """
+    path = Path(workdir) / _FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: {workdir} is not the workdir of a run")
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            # JSON has no NaN and no infinities: they are kept as strings.
+            rows.append(
+                {**{name: float(value) for name, value in row.items()}, "step": row["step"]}
+            )
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{path}, line {number} is no row of metrics: {line[:80]!r}"
+            ) from error
+    return rows
+
+
+def _to_json(row: Mapping[str, float]) -> str:
+    kept = {name: value if math.isfinite(value) else str(value) for name, value in row.items()}
+    return json.dumps(kept, allow_nan=False) + "\n"
+
+
+def _replace_rows(path: Path, rows: list[dict[str, float]]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text("".join(_to_json(row) for row in rows), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class MetricWriter:
+    """Writes metrics to WORKDIR/metrics.jsonl, to TensorBoard and, when asked, to Weights & Biases.
+
+    A run continued from `resume_step` keeps the rows up to that step and drops what the
+    interrupted run wrote after it, so that the file ends up with the steps of an uninterrupted
+    run; with None the run starts over and all rows are dropped. TensorBoard hides the dropped
+    steps likewise. Of several processes only the first writes. Raises ImportError naming the pip
+    command if `wandb_project` is given without wandb installed, and ValueError if metrics.jsonl
+    is damaged.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        resume_step: int | None = None,
+        wandb_project: str | None = None,
+    ):
+        self._file = self._tensorboard = self._wandb = None
+        if jax.process_index() != 0:
+            return
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if resume_step is not None and (workdir / _FILE).exists():
+            kept = [row for row in read_metrics(workdir) if row["step"] <= resume_step]
+        if wandb_project is not None:
+            self._wandb = _start_wandb(workdir, wandb_project)
+        _replace_rows(workdir / _FILE, kept)
+        self._file = (workdir / _FILE).open("a", encoding="utf-8")
+
+        from tensorboardX import SummaryWriter
+
+        self._tensorboard = SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=0 if resume_step is None else resume_step + 1,
+            # Its names go by seconds: a run continued at once would overwrite its own events.
+            filename_suffix=f".{os.getpid()}.{time.monotonic_ns()}",
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records the metrics (scalars, also jax arrays) of `step`: on disk when it returns."""
+        if self._file is None:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        for name in _RESERVED:
+            if name in values:
+                raise ValueError(f"a metric may not be called {name!r}: every row has that field")
+        self._file.write(_to_json({"step": int(step), "wall_time": time.time(), **values}))
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=int(step))
+
+    def close(self) -> None:
+        """Closes the files; a second call does nothing."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _start_wandb(workdir: Path, project: str):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "logging to Weights & Biases needs a package: pip install wandb"
+        ) from error
+    # The id kept in the workdir lets a continued run go on with its own curves.
+    id_file = workdir / "wandb_run_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
+    run_id = id_file.read_text(encoding="utf-8")
+    return wandb.init(project=project, dir=str(workdir), id=run_id, resume="allow")
+
+
+class _Lines(tqdm):
+    """tqdm in a log file: a line at a time instead of one line overwritten."""
+
+    @staticmethod
+    def status_printer(file):
+        def print_status(status: str) -> None:
+            if not status.strip():
+                return
+            file.write(status.rstrip() + "\n")
+            file.flush()
+
+        return print_status
+
+    def close(self) -> None:
+        shown = self.last_print_t >= self.start_t + self.delay
+        if not self.disable and shown and self.last_print_n < self.n:
+            self.display()
+        # What was never shown, tqdm closes without printing: here, not the last line a second time.
+        self.delay = math.inf
+        super().close()
+
+
+def progress(
+    iterable: Iterable | None = None,
+    *,
+    description: str,
+    total: float | None = None,
+    unit: str = "it",
+    initial: int = 0,
+) -> tqdm:
+    """tqdm with speed and time left, over `iterable` or, given `total`, moved by `.update(n)`.
+
+    On a terminal a bar. Elsewhere (a log file, CI) at most one line every 10 seconds, and none
+    for what is done sooner. `initial` is where a continued run goes on; close it or use `with`.
+    """
+    settings = dict(desc=description, total=total, unit=unit, initial=initial, file=sys.stderr)
+    if sys.stderr.isatty():
+        return tqdm(iterable, dynamic_ncols=True, **settings)
+    return _Lines(iterable, ncols=80, delay=10, mininterval=10, **settings)

@@ -1,0 +1,104 @@
+"""A run's directory: whose it is, whether it is finished, and files that are whole or not there."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from align_jax.training.errors import RunError
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON beside `path`, then renames: a reader finds the old file or the new one."""
+    text = json.dumps(content, indent=2, sort_keys=False, default=_plain) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, ConfigDict) else value.tolist()
+
+
+class Workdir:
+    """The directory of one experiment.
+
+    Args:
+      path: made if missing.
+      config: the experiment; kept in `config.json`.
+
+    Raises:
+      RunError: the directory holds another experiment, or something that is no run at all.
+    """
+
+    def __init__(self, path: str | os.PathLike, config: ConfigDict):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"--workdir={self.path} is a file; give a directory.")
+        wanted = json.loads(json.dumps(config.to_dict(), default=_plain))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim(wanted)
+        except PermissionError as error:
+            raise RunError(f"--workdir={self.path} cannot be written: {error.strerror}.") from error
+
+    def _claim(self, wanted: dict[str, Any]) -> None:
+        file = self.path / "config.json"
+        if file.exists():
+            found = read_config(self.path)
+            different = _differences(found, wanted)
+            if different:
+                raise RunError(
+                    f"--workdir={self.path} belongs to another experiment: "
+                    + "; ".join(different[:4])
+                    + (f"; and {len(different) - 4} more" if len(different) > 4 else "")
+                    + ". Give another --workdir, or the config it was started with to continue it."
+                )
+        elif any(self.path.iterdir()):
+            raise RunError(
+                f"--workdir={self.path} is not empty and holds no run (no config.json). Give an "
+                "empty or a new directory."
+            )
+        elif jax.process_index() == 0:
+            write_json(file, wanted)
+
+    def finished(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None."""
+        file = self.path / "finished.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Marks the run as done, so that it is never run over unasked."""
+        if jax.process_index() == 0:
+            write_json(self.path / "finished.json", summary)
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """The config of the run in a directory; `RunError` if there is none or it is damaged."""
+    file = Path(path) / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is not the workdir of a run: it has no config.json.") from error
+    except ValueError as error:
+        raise RunError(f"{file} is damaged: {error}.") from error
+
+
+def _differences(found: dict, wanted: dict, prefix: str = "config.") -> list[str]:
+    out = []
+    for key in sorted(found.keys() | wanted.keys()):
+        a, b = found.get(key, "(absent)"), wanted.get(key, "(absent)")
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key} is {a!r} there and {b!r} here")
+    return out

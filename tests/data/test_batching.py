@@ -1,0 +1,170 @@
+import collections
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align_jax.data.batching import (
+    build_batch,
+    pad_prompts,
+    round_up_to_bucket,
+    separate_responses,
+)
+from align_jax.data.chat import Example
+from align_jax.data.formats import DataError
+
+BUCKETS = (8, 16, 64, 256)
+
+
+def example(prompt, responses, masks=None, id=0):
+    masks = masks or [[1] * len(response) for response in responses]
+    return Example(
+        id=id,
+        prompt=np.array(prompt, np.int32),
+        responses=tuple(np.array(response, np.int32) for response in responses),
+        response_masks=tuple(np.array(mask, np.float32) for mask in masks),
+        extras={},
+    )
+
+
+def predictions_in(batch):
+    """Every (response, context, target) of the arrays, by the mask rule of the model alone."""
+    found = collections.Counter()
+    rows, slots = np.nonzero(batch["target_mask"])
+    for r, s in zip(rows, slots, strict=True):
+        query = batch["predict_from"][r, s]
+        segment, branch = batch["segment_ids"][r], batch["branch_ids"][r]
+        assert segment[query] > 0
+        seen = [
+            j
+            for j in range(query + 1)
+            if segment[j] == segment[query] and branch[j] in (0, branch[query])
+        ]
+        assert list(batch["positions"][r, seen]) == list(range(len(seen)))
+        context = tuple(batch["tokens"][r, seen].tolist())
+        found[int(batch["target_response"][r, s]), context, int(batch["targets"][r, s])] += 1
+    return found
+
+
+def predictions_of(examples):
+    """The same from the examples, one response after the other."""
+    expected = collections.Counter()
+    number = 0
+    for one in examples:
+        for response, mask in zip(one.responses, one.response_masks, strict=True):
+            for j, token in enumerate(response.tolist()):
+                context = (*one.prompt.tolist(), *response[:j].tolist())
+                if mask[j] and context:
+                    expected[number, context, token] += 1
+            number += 1
+    return expected
+
+
+@st.composite
+def _response(draw):
+    tokens = draw(st.lists(st.integers(0, 9), min_size=1, max_size=7))
+    mask = draw(st.lists(st.sampled_from([0, 1]), min_size=len(tokens), max_size=len(tokens)))
+    return tokens, mask
+
+
+_example = st.builds(
+    lambda prompt, pairs: example(prompt, [p[0] for p in pairs], [p[1] for p in pairs]),
+    st.lists(st.integers(0, 9), max_size=9),
+    st.lists(_response(), min_size=1, max_size=3),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(_example, min_size=1, max_size=6), st.data())
+def test_a_batch_holds_exactly_the_predictions_of_its_examples(examples, data):
+    rows = data.draw(st.integers(1, len(examples)))
+    batch = build_batch(examples, rows=rows, length_buckets=BUCKETS, target_buckets=BUCKETS)
+    assert predictions_in(batch) == predictions_of(examples)
+    real = batch["segment_ids"] > 0
+    assert real.sum() == sum(len(e.prompt) + sum(map(len, e.responses)) for e in examples)
+    for r in range(rows):
+        length = real[r].sum()
+        assert real[r, :length].all(), "rows are padded on the right"
+        for name in ("tokens", "positions", "branch_ids"):
+            assert not batch[name][r, length:].any()
+        slots = int(batch["target_mask"][r].sum())
+        for name in ("predict_from", "targets", "target_mask", "target_response"):
+            assert not batch[name][r, slots:].any()
+    for name, array in batch.items():
+        assert array.dtype == (np.float32 if name == "target_mask" else np.int32)
+        assert array.shape[0] == rows and array.shape[1] in BUCKETS
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(_example, min_size=1, max_size=4))
+def test_separate_rows_predict_what_shared_rows_predict(examples):
+    arguments = dict(length_buckets=BUCKETS, target_buckets=BUCKETS)
+    shared = build_batch(examples, rows=len(examples), **arguments)
+    copies = separate_responses(examples)
+    separate = build_batch(copies, rows=len(copies), **arguments)
+    assert predictions_in(shared) == predictions_in(separate)
+    assert set(np.unique(separate["branch_ids"])) <= {0, 1}
+
+
+def test_a_preference_pair_by_hand():
+    pairs = [example([5, 6], [[7, 2], [8]]), example([5], [[9], [2]])]
+    batch = build_batch(pairs, rows=2, length_buckets=(6,), target_buckets=(4,))
+    expected = {
+        "tokens": [[5, 6, 7, 2, 8, 0], [5, 9, 2, 0, 0, 0]],
+        "positions": [[0, 1, 2, 3, 2, 0], [0, 1, 1, 0, 0, 0]],
+        "segment_ids": [[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]],
+        "branch_ids": [[0, 0, 1, 1, 2, 0], [0, 1, 2, 0, 0, 0]],
+        "predict_from": [[1, 2, 1, 0], [0, 0, 0, 0]],
+        "targets": [[7, 2, 8, 0], [9, 2, 0, 0]],
+        "target_mask": [[1, 1, 1, 0], [1, 1, 0, 0]],
+        "target_response": [[0, 0, 1, 0], [2, 3, 0, 0]],
+    }
+    assert set(batch) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(batch[name], values, err_msg=name)
+
+
+def test_text_without_a_prompt_does_not_predict_its_first_token():
+    batch = build_batch(
+        [example([], [[4, 5, 2]])], rows=1, length_buckets=(4,), target_buckets=(4,)
+    )
+    assert predictions_in(batch) == {(0, (4,), 5): 1, (0, (4, 5), 2): 1}
+
+
+def test_packing_balances_rows_and_is_deterministic():
+    rng = np.random.default_rng(0)
+    examples = [example([1] * n, [[2] * 3]) for n in rng.integers(1, 40, size=32)]
+    arguments = dict(rows=4, length_buckets=(512,), target_buckets=(64,))
+    batch = build_batch(examples, **arguments)
+    lengths = (batch["segment_ids"] > 0).sum(axis=1)
+    assert lengths.max() - lengths.min() <= 4, lengths
+    for name, array in build_batch(examples, **arguments).items():
+        np.testing.assert_array_equal(array, batch[name])
+
+
+def test_widths_are_the_smallest_buckets():
+    one = example([1] * 5, [[2] * 4])
+    for buckets, width in (((9, 12), 9), ((16, 12), 12)):
+        batch = build_batch([one], rows=1, length_buckets=buckets, target_buckets=(4, 8))
+        assert batch["tokens"].shape == (1, width) and batch["targets"].shape == (1, 4)
+    with pytest.raises(DataError, match=r"^9 fits .* \(4, 8\) of data.length_buckets"):
+        build_batch([one], rows=1, length_buckets=(4, 8), target_buckets=(8,))
+    with pytest.raises(DataError, match=r"^4 fits .* \(2,\) of data.target_buckets: .*least 4"):
+        build_batch([one], rows=1, length_buckets=(16,), target_buckets=(2,))
+    with pytest.raises(DataError, match="2 rows for 1 examples"):
+        build_batch([one], rows=2, length_buckets=(16,), target_buckets=(8,))
+    assert [round_up_to_bucket(n, (8, 4)) for n in (0, 4, 5, 8)] == [4, 4, 8, 8]
+
+
+def test_prompts_are_padded_on_the_right():
+    tokens, lengths = pad_prompts([[1, 2, 3], np.array([4])], (2, 4))
+    np.testing.assert_array_equal(tokens, [[1, 2, 3, 0], [4, 0, 0, 0]])
+    np.testing.assert_array_equal(lengths, [3, 1])
+    assert tokens.dtype == lengths.dtype == np.int32
+    with pytest.raises(DataError, match="prompt 1 is empty"):
+        pad_prompts([[1], []], (4,))
+    with pytest.raises(DataError, match="there is no prompt"):
+        pad_prompts([], (4,))
+    with pytest.raises(DataError, match="^5 fits"):
+        pad_prompts([[1] * 5], (4,))
