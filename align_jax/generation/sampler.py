@@ -82,7 +82,7 @@ def generate(
     if key.shape == ():
         key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
     cache, hidden = _prefill(model, padded, lengths, samples_per_prompt, max_new_tokens)
-    return _decode(
+    out, _ = _decode(
         model,
         cache,
         hidden,
@@ -94,6 +94,7 @@ def generate(
         greedy=temperature == 0,
         top_k=top_k,
     )
+    return out
 
 
 def prompt_bucket(length: int) -> int:
@@ -143,15 +144,18 @@ def _prefill(model, tokens, lengths, samples, max_new_tokens):
     zeros = jnp.zeros(shape, dtype)
     hidden, (keys, values) = model.run_layers(tokens, positions, attend, (zeros, zeros))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    own = jnp.zeros((c.num_layers, rows, samples, max_new_tokens, c.num_kv_heads, c.head_dim), dtype)
-    return _Cache(keys, values, own, own), last
+    own = jnp.zeros((2, c.num_layers, rows, samples, max_new_tokens, c.num_kv_heads, c.head_dim), dtype)
+    return _Cache(keys, values, own[0], own[1]), last
 
 
 @functools.partial(jax.jit, static_argnames=("greedy", "top_k"), donate_argnames=("cache",))
 def _decode(
     model, cache, hidden, lengths, keys, stop_tokens, temperature, top_p, *, greedy, top_k
 ):
-    """Draws until every row has stopped; `hidden` is `[P,D]`, one a prompt."""
+    """Draws until every row has stopped; `hidden` is `[P,D]`, one a prompt.
+
+    Returns the used-up cache too: a donated buffer is only reused for an output.
+    """
     rows, samples, limit = cache.sample_keys.shape[1:4]
     n = rows * samples
     keys = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(samples)))(keys)
@@ -192,7 +196,8 @@ def _decode(
     out = Generation(empty.astype(jnp.int32), empty, empty)
     drawn = draw(jnp.repeat(hidden, samples, axis=0), 0)
     out, stopped = record(out, 0, drawn, jnp.zeros(n, bool))
-    return jax.lax.while_loop(go_on, advance, (1, stopped, drawn[0], cache, out))[-1]
+    *_, cache, out = jax.lax.while_loop(go_on, advance, (1, stopped, drawn[0], cache, out))
+    return out, cache
 
 
 def _decode_layers(model, tokens, step, prompt_lengths, cache, lengths):

@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from align_jax.training.errors import RunError
+
 _FILE = "metrics.jsonl"
 _RESERVED = ("step", "wall_time")
 
@@ -20,12 +22,11 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
     """Rows of WORKDIR/metrics.jsonl in the order written: {step, wall_time, metric: value, ...}.
 
     wall_time is in seconds since the epoch. A last line cut short by a kill is left out. Raises
-    FileNotFoundError if there is no such file, ValueError naming file and line if another line is
-    bad.
+    RunError if there is no such file or, naming it, another line is bad.
     """
     path = Path(workdir) / _FILE
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: {workdir} is not the workdir of a run")
+        raise RunError(f"{path} does not exist: {workdir} is not the workdir of a run")
     rows = []
     lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -40,8 +41,8 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             if number == len(lines):
                 break
-            raise ValueError(
-                f"{path}, line {number} is no row of metrics: {line[:80]!r}"
+            raise RunError(
+                f"{path}, line {number} is no row of metrics: {line[:80]!r}. Remove that line."
             ) from error
     return rows
 
@@ -66,9 +67,8 @@ class MetricWriter:
     A run continued from `resume_step` keeps the rows up to that step and drops what the
     interrupted run wrote after it, so that the file ends up with the steps of an uninterrupted
     run; with None the run starts over and all rows are dropped. TensorBoard hides the dropped
-    steps likewise. Of several processes only the first writes. Raises ImportError naming the pip
-    command if `wandb_project` is given without wandb installed, and ValueError if metrics.jsonl
-    is damaged.
+    steps likewise. Of several processes only the first writes. Raises RunError, before anything is
+    changed, if `wandb_project` is given without wandb installed or metrics.jsonl is damaged.
     """
 
     def __init__(
@@ -136,9 +136,7 @@ def _start_wandb(workdir: Path, project: str):
     try:
         import wandb
     except ImportError as error:
-        raise ImportError(
-            "logging to Weights & Biases needs a package: pip install wandb"
-        ) from error
+        raise RunError("logging to Weights & Biases needs a package: pip install wandb") from error
     # The id kept in the workdir lets a continued run go on with its own curves.
     id_file = workdir / "wandb_run_id"
     if not id_file.exists():

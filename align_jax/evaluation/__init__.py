@@ -1,0 +1,1 @@
+"""Evaluation: statistics of rewards and texts, and the report of a run."""

@@ -1,0 +1,148 @@
+"""Writing a model as a Hugging Face directory."""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from align_jax.models import families
+from align_jax.models.families import ModelError
+from align_jax.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# A model larger than this is written as several files, so that only one has to be built in memory.
+MAX_SHARD_BYTES = 4 * 2**30
+
+
+def save_model(
+    model: Transformer, tokenizer: "PreTrainedTokenizerFast", path: str | os.PathLike
+) -> None:
+    """Writes a model and its tokenizer as a new Hugging Face directory.
+
+    Parameters keep their dtype. The directory appears under its name only once complete.
+
+    Raises:
+      ModelError: the directory exists and is not empty, the tokenizer has more tokens than the
+        model, parameters are spread over other hosts, or the disk is full. Nothing is left then.
+    """
+    path = pathlib.Path(path).expanduser()
+    leaves = {
+        families.parameter_path(keys): leaf
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
+    }
+    _check(model, leaves, tokenizer, path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = sum(leaf.nbytes for leaf in leaves.values())
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise ModelError(
+                f"cannot save to {path}: the model takes {size:,} bytes, the disk has {free:,}."
+            )
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        _write_weights(model, leaves, temporary)
+        _write_configs(model, leaves["embedding"].dtype, tokenizer, temporary)
+        # mkdtemp and safetensors write for their owner only; a model is as readable as any file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ModelError(f"cannot save to {path}: {error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check(model, leaves, tokenizer, path: pathlib.Path) -> None:
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ModelError(f"{path} exists already; name a directory that does not, or an empty one.")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: "
+            "they do not belong together."
+        )
+    if not all(leaf.is_fully_addressable for leaf in leaves.values()):
+        raise ModelError(
+            "save_model: the parameters are spread over several hosts; load the checkpoint on one "
+            "host and save from there (`python -m align_jax export`)."
+        )
+
+
+def _write_weights(model: Transformer, leaves: dict[str, jax.Array], folder: pathlib.Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    rules = families.TENSORS[model.config.family]
+    tensors = families.stored_tensors(model)
+    itemsize = leaves["embedding"].dtype.itemsize
+    sizes = {name: itemsize * math.prod(tensor.shape) for name, tensor in tensors.items()}
+    shards = _shards(sizes)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        content = {}
+        for name in names:
+            parts = []
+            for path, layer in tensors[name].parts:
+                parameter = np.asarray(leaves[path])
+                parts.append(
+                    rules[path].to_stored(parameter if layer is None else parameter[layer])
+                )
+            # safetensors writes the memory as it lies, whatever the strides.
+            content[name] = np.ascontiguousarray(np.concatenate(parts, axis=-1))
+            weight_map[name] = file
+        try:
+            save_file(content, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(str(error)) from error
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shards(sizes: dict[str, int]) -> list[list[str]]:
+    """The tensors' names in order, cut before a file would exceed `MAX_SHARD_BYTES`."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > MAX_SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_configs(
+    model: Transformer, dtype: np.dtype, tokenizer: "PreTrainedTokenizerFast", folder: pathlib.Path
+) -> None:
+    ids = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    _write_json(
+        folder / "config.json", families.config_to_hf(model.config, dtype=dtype.name, **ids)
+    )
+    _write_json(folder / "generation_config.json", ids)
+    tokenizer.save_pretrained(folder)
+    # transformers 5 writes a class name here that transformers 4 does not know; both know this one.
+    config_path = folder / "tokenizer_config.json"
+    tokenizer_config = json.loads(config_path.read_text(encoding="utf-8"))
+    _write_json(config_path, {**tokenizer_config, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,238 @@
+"""What the offline algorithms share: config to model, records to batches, a loss to a trained model."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from align_jax.data.batching import build_batch
+from align_jax.data.chat import Example, encode_records
+from align_jax.data.pipeline import Loader
+from align_jax.data.sources import load_records
+from align_jax.distributed.mesh import make_mesh
+from align_jax.models.interchange import load_model
+from align_jax.models.transformer import Transformer
+from align_jax.training.checkpoint import Checkpointer, require_space
+from align_jax.training.errors import RunError
+from align_jax.training.loop import fit
+from align_jax.training.metrics import MetricWriter, progress
+from align_jax.training.optimizer import make_optimizer, make_schedule
+from align_jax.training.step import LossFunction, init_state, make_train_step, place_batch
+
+# Values of one example that travel with its batch: per response, in the order of its responses.
+Attach = Callable[[Example], dict[str, np.ndarray]]
+
+
+def default_data_config(**overrides: Any) -> ConfigDict:
+    """The fields of `config.data` that the offline algorithms read; lengths are in tokens."""
+    config = ConfigDict(
+        {
+            "source": "",  # see docs/data.md
+            "eval_source": "",  # held-out records, evaluated by `python -m align_jax evaluate`
+            "limit": 0,  # read this many records; 0 reads all
+            "invalid": "error",  # "error" | "drop": what a record with wrong fields does
+            "max_length": 1024,
+            "max_prompt_length": 0,  # 0: what the longest response leaves of max_length
+            "overlong": "error",  # "error" | "truncate" | "drop": what a too long response does
+            "batch_size": 16,
+            "accumulation": 1,  # micro-batches a batch is split into
+            "rows": 0,  # rows a micro-batch is packed into; 0: one example a row
+            "length_buckets": tuple(64 * i for i in range(1, 129)),
+            "target_buckets": tuple(64 * i for i in range(1, 129)),
+        }
+    )
+    config.update(overrides)
+    return config
+
+
+def default_run_config() -> ConfigDict:
+    """The fields every training config has besides `data`, `optimizer` and its algorithm's own."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "model": "smollm2",
+            "compute_dtype": "float32",
+            "remat": "linear",
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "context": 1},
+            "num_epochs": 1.0,
+            "num_steps": 0,  # 0: what num_epochs comes to
+            "log_every": 1,
+            "checkpoint_every": 1000,
+            "wandb_project": "",
+        }
+    )
+
+
+def open_model(config: ConfigDict) -> tuple[Transformer, Mesh]:
+    """The pretrained model of a config, on the config's mesh."""
+    mesh = make_mesh(**config.mesh)
+    model = load_model(
+        config.model, mesh=mesh, compute_dtype=config.compute_dtype, remat=config.remat
+    )
+    return model, mesh
+
+
+def load_examples(data: ConfigDict, source: str, tokenizer: Any, *, kind: str) -> list[Example]:
+    """Reads, checks and tokenises every record of a source before anything is computed."""
+    records = load_records(source, kind=kind, limit=data.limit or None, invalid=data.invalid)
+    with progress(description="tokenising", total=len(records), unit="record") as bar:
+        return encode_records(
+            records,
+            tokenizer,
+            kind=kind,
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length or None,
+            overlong=data.overlong,
+            progress=bar.update,
+        )
+
+
+def make_collate(
+    data: ConfigDict, attach: Attach | None = None
+) -> Callable[[Sequence[Example]], dict[str, np.ndarray]]:
+    """A function from examples to a batch, with a leading axis of micro-batches if they accumulate."""
+    parts = data.accumulation
+
+    def collate(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        size = -(-len(examples) // parts)
+        groups = [examples[i : i + size] for i in range(0, len(examples), size)]
+        lengths, targets = data.length_buckets, data.target_buckets
+        build = lambda group: build_batch(  # noqa: E731
+            group,
+            rows=min(data.rows or len(group), len(group)),
+            length_buckets=lengths,
+            target_buckets=targets,
+        )
+        batches = [build(group) for group in groups]
+        if len(batches) > 1:
+            # One shape for all micro-batches: the widest's.
+            lengths = (max(batch["tokens"].shape[1] for batch in batches),)
+            targets = (max(batch["targets"].shape[1] for batch in batches),)
+            batches = [build(group) for group in groups]
+        if attach is not None:
+            for batch, group in zip(batches, groups):
+                values = [attach(example) for example in group]
+                batch |= {name: np.concatenate([v[name] for v in values]) for name in values[0]}
+        if parts == 1:
+            return batches[0]
+        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    return collate
+
+
+def train(
+    config: ConfigDict,
+    directory: Path,
+    model: Transformer,
+    mesh: Mesh,
+    examples: Sequence[Example],
+    loss_function: LossFunction,
+    *,
+    attach: Attach | None = None,
+    description: str,
+) -> Transformer:
+    """Trains `model` (consumed) on `examples` in a run directory, or goes on where it was stopped.
+
+    Raises:
+      RunError: sizes in the config that do not fit, too little disk space, a loss that is not finite.
+      Interrupted: see `fit`.
+    """
+    data = config.data
+    if data.batch_size % data.accumulation:
+        raise RunError(
+            f"config.data.batch_size = {data.batch_size} is no multiple of "
+            f"config.data.accumulation = {data.accumulation}."
+        )
+    loader = Loader(
+        examples, batch_size=data.batch_size, seed=config.seed, collate=make_collate(data, attach)
+    )
+    num_steps = config.num_steps or int(config.num_epochs * len(examples) / data.batch_size)
+    if num_steps < 1:
+        raise RunError(
+            f"config.num_epochs = {config.num_epochs} of {len(examples)} examples is less than one "
+            f"batch of config.data.batch_size = {data.batch_size}."
+        )
+    optimizer = make_optimizer(config.optimizer, num_steps)
+    state = init_state(model, optimizer, mesh)
+    require_space(directory, state, copies=2)
+    checkpointer = Checkpointer(directory / "checkpoints")
+    resumed = checkpointer.latest_step()
+    if resumed is not None:
+        state, _ = checkpointer.restore(state)
+    train_step = make_train_step(
+        loss_function,
+        optimizer,
+        make_schedule(config.optimizer, num_steps),
+        state,
+        mesh,
+        accumulated=data.accumulation > 1,
+    )
+    try:
+        with MetricWriter(
+            directory, resume_step=resumed, wandb_project=config.wandb_project or None
+        ) as writer:
+            state = fit(
+                state,
+                train_step,
+                loader,
+                mesh=mesh,
+                num_steps=num_steps,
+                checkpointer=checkpointer,
+                writer=writer,
+                checkpoint_every=config.checkpoint_every,
+                log_every=config.log_every,
+                accumulated=data.accumulation > 1,
+                description=description,
+            )
+    finally:
+        checkpointer.close()
+    return state.model
+
+
+def evaluate(
+    config: ConfigDict,
+    model: Transformer,
+    mesh: Mesh,
+    examples: Sequence[Example],
+    loss_function: LossFunction,
+    *,
+    attach: Attach | None = None,
+) -> dict[str, float]:
+    """The loss and its metrics over all examples, in order, without training."""
+    data = ConfigDict(config.data.to_dict() | {"accumulation": 1})
+    collate = make_collate(data, attach)
+    totals: dict[str, float] = {}
+    run = jax.jit(loss_function)
+    with (
+        jax.set_mesh(mesh),
+        progress(description="evaluating", total=len(examples), unit="example") as bar,
+    ):
+        for start in range(0, len(examples), data.batch_size):
+            part = examples[start : start + data.batch_size]
+            sums = run(model, place_batch(collate(part), mesh, accumulated=False))
+            values = {"loss": sums.loss, "weight": sums.weight, **sums.metrics}
+            for name, value in jax.device_get(values).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+            bar.update(len(part))
+    weight = totals.pop("weight")
+    return {name: total / weight for name, total in totals.items()}
+
+
+def restored_model(config: ConfigDict, directory: Path, mesh: Mesh) -> Transformer:
+    """The trained model of a run directory; `RunError` if it has no checkpoint yet."""
+    if not (directory / "checkpoints").is_dir():
+        raise RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
+    model = load_model(
+        config.model, mesh=mesh, compute_dtype=config.compute_dtype, remat=config.remat
+    )
+    checkpointer = Checkpointer(directory / "checkpoints")
+    try:
+        if checkpointer.latest_step() is None:
+            raise RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
+        return checkpointer.restore_model(model)
+    finally:
+        checkpointer.close()

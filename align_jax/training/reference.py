@@ -1,0 +1,109 @@
+"""Log-probabilities under the reference model: computed once, kept on disk."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from align_jax.data.chat import Example
+from align_jax.models.transformer import Transformer
+from align_jax.training.checkpoint import flatten
+from align_jax.training.metrics import progress
+from align_jax.training.offline import make_collate
+from align_jax.training.scoring import sum_by_response, target_log_probs
+from align_jax.training.step import place_batch
+
+Array = jax.Array
+
+
+def cache_directory() -> Path:
+    """`$ALIGN_JAX_CACHE`, or `align_jax` under the user's cache directory."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "align_jax"
+    return Path(os.environ.get("ALIGN_JAX_CACHE", default)).expanduser()
+
+
+def reference_log_probs(
+    model: Transformer, mesh: Mesh, examples: Sequence[Example], data: ConfigDict
+) -> np.ndarray:
+    """Summed log-probability of every response under `model`: `[examples, responses]`, nats.
+
+    Cached under a key of the model's parameters and compute dtype and of every token and mask, hence of
+    the lengths they were cut to: another model, data set or limit never meets a stale file.
+    """
+    file = cache_directory() / "reference" / f"{_key(model, examples)}.npy"
+    if file.exists():
+        return np.load(file, allow_pickle=False)
+    values = compute_log_probs(model, mesh, examples, data)
+    if jax.process_index() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as out:
+                np.save(out, values)
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    return values
+
+
+def compute_log_probs(
+    model: Transformer, mesh: Mesh, examples: Sequence[Example], data: ConfigDict
+) -> np.ndarray:
+    """`reference_log_probs` without the cache; examples of equal lengths share a batch."""
+    responses = len(examples[0].responses)
+    length = [len(e.prompt) + sum(map(len, e.responses)) for e in examples]
+    order = np.argsort(length, kind="stable")
+    collate = make_collate(ConfigDict(data.to_dict() | {"accumulation": 1}))
+    out = np.zeros((len(examples), responses), np.float32)
+
+    @jax.jit
+    def score(model, batch):
+        log_probs, _ = target_log_probs(model, batch)
+        return sum_by_response(log_probs, batch, data.batch_size * responses)
+
+    with (
+        jax.set_mesh(mesh),
+        progress(description="reference", total=len(examples), unit="example") as bar,
+    ):
+        for start in range(0, len(examples), data.batch_size):
+            chosen = order[start : start + data.batch_size]
+            batch = place_batch(collate([examples[i] for i in chosen]), mesh, accumulated=False)
+            sums = np.asarray(score(model, batch))
+            out[chosen] = sums[: len(chosen) * responses].reshape(len(chosen), responses)
+            bar.update(len(chosen))
+    return out
+
+
+def _key(model: Transformer, examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256(model.config.compute_dtype.encode())
+    for name, value in sorted(flatten(_fingerprints(model)).items()):
+        digest.update(f"{name} {np.asarray(value).tolist()}".encode())
+    for example in examples:
+        for part in (example.prompt, *example.responses, *example.response_masks):
+            digest.update(np.int64(len(part)).tobytes())
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _fingerprints(model: Transformer) -> Transformer:
+    """Two 32-bit sums of every parameter's bits, weighted by place; exact on any sharding."""
+
+    def fingerprint(x: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        odd = place * jnp.uint32(2654435769) | jnp.uint32(1)
+        mixed = (bits ^ (bits >> 15)) * jnp.uint32(2246822519)
+        return jnp.stack([(bits * odd).sum(dtype=jnp.uint32), (mixed * odd).sum(dtype=jnp.uint32)])
+
+    return jax.tree.map(fingerprint, model)
