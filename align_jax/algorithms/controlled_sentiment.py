@@ -256,18 +256,26 @@ def _sample(
 def _with_base_log_probs(
     config: ConfigDict, samples: Sequence[Sample], model: Transformer, mesh: Mesh
 ) -> list[Sample]:
-    """Adds each sample's log-probability under the base model: the other half of the KL."""
-    examples = [
-        Example(
-            id=index,
-            prompt=np.array(sample["prompt_tokens"], np.int32),
-            responses=(np.array(sample["tokens"], np.int32),),
-            response_masks=(np.ones(len(sample["tokens"]), np.float32),),
-            extras={},
+    """Adds each sample's log-probability under the base model: the other half of the KL.
+
+    The samples of an opening are the responses of one example, so that it is computed once for them.
+    """
+    count = config.evaluation.trained_samples
+    examples = []
+    for start in range(0, len(samples), count):
+        group = samples[start : start + count]
+        responses = tuple(np.array(sample["tokens"], np.int32) for sample in group)
+        examples.append(
+            Example(
+                id=start // count,
+                prompt=np.array(group[0]["prompt_tokens"], np.int32),
+                responses=responses,
+                response_masks=tuple(np.ones(len(r), np.float32) for r in responses),
+                extras={},
+            )
         )
-        for index, sample in enumerate(samples)
-    ]
-    log_probs = compute_log_probs(model, mesh, examples, config.data)[:, 0]
+    data = ConfigDict(config.data.to_dict() | {"batch_size": 4, "rows": 0})
+    log_probs = compute_log_probs(model, mesh, examples, data).ravel()
     return [s | {"base_log_prob": float(value)} for s, value in zip(samples, log_probs)]
 
 

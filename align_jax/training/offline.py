@@ -150,10 +150,10 @@ def train(
     loader = Loader(
         examples, batch_size=data.batch_size, seed=config.seed, collate=make_collate(data, attach)
     )
-    num_steps = config.num_steps or int(config.num_epochs * len(examples) / data.batch_size)
+    num_steps = config.num_steps or round(config.num_epochs * len(examples) / data.batch_size)
     if num_steps < 1:
         raise RunError(
-            f"config.num_epochs = {config.num_epochs} of {len(examples)} examples is less than one "
+            f"config.num_epochs = {config.num_epochs} of {len(examples)} examples is less than half a "
             f"batch of config.data.batch_size = {data.batch_size}."
         )
     optimizer = make_optimizer(config.optimizer, num_steps)

@@ -1,0 +1,204 @@
+"""The command line: train, generate, evaluate, export. Also installed as `align-jax`.
+
+    python -m align_jax train --config=FILE[:arg] --workdir=DIR [--config.key=value]...
+    python -m align_jax generate --model=PATH_OR_WORKDIR --prompt=TEXT
+    python -m align_jax evaluate --workdir=DIR [--data=SOURCE]
+    python -m align_jax export --workdir=DIR --to=DIR
+
+Exit status: 0 done; 2 something the user can mend, said in one message; 130 or 143 interrupted.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# What `config.algorithm` may say, and the module that runs it: run(config, workdir), evaluate(same).
+ALGORITHMS = {
+    "sft": "align_jax.algorithms.sft",
+    "preference": "align_jax.algorithms.preference",
+    "controlled_sentiment": "align_jax.algorithms.controlled_sentiment",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments, rest = _parser().parse_known_args(argv)
+    overrides = [item for item in rest if item.startswith("--config.") and "=" in item]
+    unknown = [item for item in rest if item not in overrides]
+    if unknown or (overrides and arguments.command != "train"):
+        wrong = (unknown or overrides)[0]
+        return _fail(f"unknown argument {wrong!r}; see `align-jax {arguments.command} --help`.")
+
+    from align_jax.data.formats import DataError
+    from align_jax.models.families import ModelError
+    from align_jax.training.errors import RunError
+    from align_jax.training.loop import Interrupted
+
+    try:
+        arguments.run(arguments, overrides)
+    except Interrupted as stop:
+        print(f"align-jax: {stop}", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print(
+            "align-jax: interrupted. The same command goes on from what is finished.",
+            file=sys.stderr,
+        )
+        return 130
+    except (RunError, DataError, ModelError, OSError, ImportError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"align-jax: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="align-jax", description="Align language models in JAX.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command("train", _train, "Run an experiment, or go on with one that was stopped.")
+    train.add_argument("--config", required=True, help="FILE[:arg], such as dpo.py:scale=small")
+    train.add_argument("--workdir", required=True, help="directory of the run")
+
+    generate = command("generate", _generate, "Sample from a model or a run.")
+    generate.add_argument("--model", required=True, help="model directory, hub id, GGUF, or workdir")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument(
+        "--raw", action="store_true", help="continue the text as it is, without the chat template"
+    )
+    generate.add_argument("--max_new_tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    generate.add_argument("--top_k", type=int)
+    generate.add_argument("--top_p", type=float)
+    generate.add_argument("--samples", type=int, default=1)
+    generate.add_argument("--seed", type=int, default=0)
+
+    evaluate = command("evaluate", _evaluate, "Evaluate a run's model on held-out data.")
+    evaluate.add_argument("--workdir", required=True)
+    evaluate.add_argument("--data", help="instead of the config's data.eval_source")
+
+    export = command("export", _export, "Write a run's model as a directory transformers loads.")
+    export.add_argument("--workdir", required=True)
+    export.add_argument("--to", required=True, help="directory to be made")
+    return parser
+
+
+def _algorithm(config: Any) -> Any:
+    from align_jax.training.errors import RunError
+
+    if config.get("algorithm") not in ALGORITHMS:
+        raise RunError(
+            f"config.algorithm is {config.get('algorithm')!r}; expected one of {list(ALGORITHMS)}."
+        )
+    return importlib.import_module(ALGORITHMS[config.algorithm])
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from align_jax.config import load_config
+    from align_jax.distributed.mesh import initialize_distributed
+    from align_jax.training.workdir import Workdir
+
+    config = load_config(arguments.config, overrides)
+    algorithm = _algorithm(config)
+    initialize_distributed()
+    workdir = Workdir(arguments.workdir, config)
+    if workdir.finished() is not None:
+        print(f"{workdir.path} is finished already. Give another --workdir to run it again.")
+        return
+    summary = algorithm.run(config, workdir)
+    workdir.finish(summary)
+    if "eval" in summary:
+        print(json.dumps(summary["eval"], indent=2))
+    print(f"Finished: {workdir.path}")
+
+
+def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
+    import jax
+
+    from align_jax.generation import generate
+    from align_jax.training.errors import RunError
+
+    model, tokenizer = _open(arguments.model)
+    text = arguments.prompt
+    if tokenizer.chat_template and not arguments.raw:
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False).input_ids
+    try:
+        samples = generate(
+            model,
+            [prompt],
+            key=jax.random.key(arguments.seed),
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            stop_tokens=(tokenizer.eos_token_id,),
+            samples_per_prompt=arguments.samples,
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    for tokens, mask in zip(*jax.device_get(samples[:2])):
+        print(tokenizer.decode(tokens[mask > 0].tolist(), skip_special_tokens=True))
+
+
+def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
+    from align_jax.training.errors import RunError
+    from align_jax.training.workdir import Workdir
+
+    config = _run_config(arguments.workdir)
+    workdir = Workdir(arguments.workdir, config)
+    if arguments.data:
+        config.data.eval_source = arguments.data
+    if config.algorithm != "controlled_sentiment" and not config.data.eval_source:
+        raise RunError("the run's config has no data.eval_source; name the data with --data=SOURCE.")
+    print(json.dumps(_algorithm(config).evaluate(config, workdir), indent=2))
+
+
+def _export(arguments: argparse.Namespace, _: list[str]) -> None:
+    from align_jax.models.interchange import save_model
+
+    _run_config(arguments.workdir)
+    model, tokenizer = _open(arguments.workdir)
+    save_model(model, tokenizer, arguments.to)
+    print(f"Wrote {arguments.to}")
+
+
+def _run_config(workdir: str | os.PathLike) -> Any:
+    from ml_collections import ConfigDict
+
+    from align_jax.training.errors import RunError
+    from align_jax.training.workdir import read_config
+
+    content = read_config(workdir)
+    if "algorithm" not in content:
+        raise RunError(f"{workdir} is not the workdir of a run: its config.json is something else's.")
+    return ConfigDict(content)
+
+
+def _open(path: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a workdir, or of anything `load_model` reads."""
+    from align_jax.distributed.mesh import make_mesh
+    from align_jax.models.interchange import load_model, load_tokenizer
+    from align_jax.training.offline import restored_model
+    from align_jax.training.workdir import read_config
+
+    folder = Path(path)
+    if (folder / "config.json").is_file() and "algorithm" in read_config(folder):
+        config = _run_config(folder)
+        return restored_model(config, folder, make_mesh(**config.mesh)), load_tokenizer(config.model)
+    return load_model(path), load_tokenizer(path)

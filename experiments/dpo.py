@@ -1,0 +1,42 @@
+"""DPO on preference pairs (Rafailov et al. 2023, arXiv:2305.18290), from an instruction-tuned model.
+
+    launch/local.sh experiments/dpo.py
+    launch/local.sh experiments/dpo.py --config.data.source=pairs.jsonl --config.beta=0.05
+"""
+
+from ml_collections import ConfigDict
+
+from align_jax.config import parse_scale
+from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.optimizer import default_optimizer_config
+
+
+def get_config(arg: str = "scale=small") -> ConfigDict:
+    scale = parse_scale(arg)
+    config = default_run_config()
+    config.algorithm = "preference"
+    config.loss = "dpo"
+    config.beta = 0.1
+    config.optimizer = default_optimizer_config(learning_rate=5e-6, schedule="linear")
+    config.data = default_data_config(
+        source="builtin:tiny_chat_preferences", batch_size=8, rows=2, max_length=256
+    )
+    if scale == "tiny":
+        config.model = "tiny"
+        config.optimizer.learning_rate = 1e-3
+        config.data.update(source="builtin:tiny_preferences", rows=0)
+    elif scale == "paper":
+        # Section 6.2 and appendix B: Anthropic's dialogues, batch 64, 150 steps of warm-up, constant.
+        config.model = "meta-llama/Llama-2-7b-hf"
+        config.compute_dtype = "bfloat16"
+        config.optimizer.update(learning_rate=1e-6, schedule="constant", warmup_steps=150)
+        config.data.update(
+            source="hf:Anthropic/hh-rlhf#train",
+            eval_source="hf:Anthropic/hh-rlhf#test",
+            invalid="drop",
+            overlong="truncate",
+            batch_size=64,
+            rows=0,
+            max_length=512,
+        )
+    return config

@@ -1,0 +1,35 @@
+"""Supervised fine-tuning on demonstrations (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
+
+    launch/local.sh experiments/sft.py
+    launch/local.sh experiments/sft.py --config.data.source=demonstrations.jsonl
+"""
+
+from ml_collections import ConfigDict
+
+from align_jax.config import parse_scale
+from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.optimizer import default_optimizer_config
+
+
+def get_config(arg: str = "scale=small") -> ConfigDict:
+    scale = parse_scale(arg)
+    config = default_run_config()
+    config.algorithm = "sft"
+    config.optimizer = default_optimizer_config(learning_rate=2e-5, schedule="cosine")
+    config.data = default_data_config(
+        source="builtin:tiny_sft", batch_size=8, rows=2, max_length=256
+    )
+    if scale == "tiny":
+        config.model = "tiny"
+        config.optimizer.learning_rate = 1e-3
+        config.data.rows = 0
+    elif scale == "paper":
+        # Appendix C.1: 16 epochs, cosine decay; batch 32 and 9.65e-6 at 6.7 billion parameters.
+        config.model = "meta-llama/Llama-2-7b-hf"
+        config.compute_dtype = "bfloat16"
+        config.num_epochs = 16.0
+        config.optimizer.learning_rate = 9.65e-6
+        config.data.update(
+            source="demonstrations.jsonl", overlong="truncate", batch_size=32, rows=0, max_length=2048
+        )
+    return config

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs align_jax into .venv if need be, then checks format, lint and tests:
+#   launch/test.sh [pytest arguments]
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+cd "$root"
+"$python" -m ruff format --check .
+"$python" -m ruff check .
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+exec "$python" -m pytest "$@"
