@@ -1,7 +1,7 @@
 """Reading an experiment: its config file, the argument after the colon, and overrides.
 
-A config file is Python with `get_config(arg) -> ConfigDict`; it is code of the user's own choosing. The
-values after `--config.key=` are literals, never evaluated.
+A config file is Python with `get_config(arg) -> ConfigDict`; it is code of the user's own
+choosing. The values after `--config.key=` are literals, never evaluated.
 """
 
 import difflib
@@ -32,8 +32,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The config of `FILE[:arg]` with overrides `--config.key=value` applied.
 
     Raises:
-      RunError: no such file, no `get_config` in it, an override that names no field (the nearest one
-        is suggested), or a value of another type.
+      RunError: no such file, no `get_config` in it, an override that names no field (the nearest
+        one is suggested), or a value of another type.
     """
     file = Path(spec.split(":")[0])
     if not file.is_file():

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What `config.algorithm` may say, and the module that runs it: run(config, workdir), evaluate(same).
+# What `config.algorithm` may say, and the module that runs it: run(config, workdir),
+# evaluate(same).
 ALGORITHMS = {
     "sft": "align_jax.algorithms.sft",
     "preference": "align_jax.algorithms.preference",
@@ -75,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", required=True, help="directory of the run")
 
     generate = command("generate", _generate, "Sample from a model or a run.")
-    generate.add_argument("--model", required=True, help="model directory, hub id, GGUF, or workdir")
+    generate.add_argument(
+        "--model", required=True, help="model directory, hub id, GGUF, or workdir"
+    )
     generate.add_argument("--prompt", required=True)
     generate.add_argument(
         "--raw", action="store_true", help="continue the text as it is, without the chat template"
@@ -165,7 +168,9 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     if arguments.data:
         config.data.eval_source = arguments.data
     if config.algorithm != "controlled_sentiment" and not config.data.eval_source:
-        raise RunError("the run's config has no data.eval_source; name the data with --data=SOURCE.")
+        raise RunError(
+            "the run's config has no data.eval_source; name the data with --data=SOURCE."
+        )
     print(json.dumps(_algorithm(config).evaluate(config, workdir), indent=2))
 
 
@@ -186,7 +191,9 @@ def _run_config(workdir: str | os.PathLike) -> Any:
 
     content = read_config(workdir)
     if "algorithm" not in content:
-        raise RunError(f"{workdir} is not the workdir of a run: its config.json is something else's.")
+        raise RunError(
+            f"{workdir} is not the workdir of a run: its config.json is something else's."
+        )
     return ConfigDict(content)
 
 
@@ -200,5 +207,7 @@ def _open(path: str) -> tuple[Any, Any]:
     folder = Path(path)
     if (folder / "config.json").is_file() and "algorithm" in read_config(folder):
         config = _run_config(folder)
-        return restored_model(config, folder, make_mesh(**config.mesh)), load_tokenizer(config.model)
+        return restored_model(config, folder, make_mesh(**config.mesh)), load_tokenizer(
+            config.model
+        )
     return load_model(path), load_tokenizer(path)

@@ -1,13 +1,13 @@
-"""One DPO step, ours and TRL's, side by side on the same pairs: real tokens per second, peak memory.
+"""One DPO step, ours and TRL's, side by side on the same pairs: real tokens/s and peak memory.
 
     python benchmarks/dpo_step.py --pairs=PAIRS.jsonl.gz --peer_python=PEER_VENV/bin/python
 
-PAIRS holds `chosen` and `rejected` dialogues (Anthropic's HH format); the peer's environment needs torch,
-transformers and trl. Both sides get the same token ids, cut to --max_length, in batches of --batch_size,
-float32, AdamW, no gradient checkpointing for TRL, reference log-probabilities precomputed. Each side
-is a process of its own that waits while the other one works; they take turns batch by batch, so that a
-noisy machine disturbs both alike. Real tokens: both sequences of a pair, prompt counted twice, padding
-not at all, the same number for both sides.
+PAIRS holds `chosen` and `rejected` dialogues (Anthropic's HH format); the peer's environment needs
+torch, transformers and trl. Both sides get the same token ids, cut to --max_length, in batches of
+--batch_size, float32, AdamW, no gradient checkpointing for TRL, reference log-probabilities
+precomputed. Each side is a process of its own that waits while the other one works; they take
+turns batch by batch, so that a noisy machine disturbs both alike. Real tokens: both sequences of a
+pair, prompt counted twice, padding not at all, the same number for both sides.
 """
 
 import argparse
@@ -152,7 +152,9 @@ def _ours(folder: Path):
     config.data = offline.default_data_config(batch_size=len(batches[0]), rows=2)
     examples = []
     for number, pair in enumerate(pair for batch in batches for pair in batch):
-        responses = tuple(np.array(pair[f"{side}_ids"], np.int32) for side in ("chosen", "rejected"))
+        responses = tuple(
+            np.array(pair[f"{side}_ids"], np.int32) for side in ("chosen", "rejected")
+        )
         masks = tuple(np.ones(len(response), np.float32) for response in responses)
         prompt = np.array(pair["prompt_ids"], np.int32)
         examples.append(Example(number, prompt, responses, masks, {}))

@@ -1,7 +1,7 @@
-"""DPO on preference pairs (Rafailov et al. 2023, arXiv:2305.18290), from an instruction-tuned model.
+"""DPO on preference pairs (Rafailov et al. 2023, arXiv:2305.18290).
 
-    launch/local.sh experiments/dpo.py
-    launch/local.sh experiments/dpo.py --config.data.source=pairs.jsonl --config.beta=0.05
+launch/local.sh experiments/dpo.py
+launch/local.sh experiments/dpo.py --config.data.source=pairs.jsonl --config.beta=0.05
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,8 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         config.optimizer.learning_rate = 1e-3
         config.data.update(source="builtin:tiny_preferences", rows=0)
     elif scale == "paper":
-        # Section 6.2 and appendix B: Anthropic's dialogues, batch 64, 150 steps of warm-up, constant.
+        # Section 6.2 and appendix B: Anthropic's dialogues, batch 64, 150 steps of warm-up,
+        # constant.
         config.model = "meta-llama/Llama-2-7b-hf"
         config.compute_dtype = "bfloat16"
         config.optimizer.update(learning_rate=1e-6, schedule="constant", warmup_steps=150)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on demonstrations (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
 
-    launch/local.sh experiments/sft.py
-    launch/local.sh experiments/sft.py --config.data.source=demonstrations.jsonl
+launch/local.sh experiments/sft.py
+launch/local.sh experiments/sft.py --config.data.source=demonstrations.jsonl
 """
 
 from ml_collections import ConfigDict
@@ -30,6 +30,10 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         config.num_epochs = 16.0
         config.optimizer.learning_rate = 9.65e-6
         config.data.update(
-            source="demonstrations.jsonl", overlong="truncate", batch_size=32, rows=0, max_length=2048
+            source="demonstrations.jsonl",
+            overlong="truncate",
+            batch_size=32,
+            rows=0,
+            max_length=2048,
         )
     return config

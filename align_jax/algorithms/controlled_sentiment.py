@@ -1,15 +1,16 @@
-"""Controlled sentiment generation (Rafailov et al. 2023, arXiv:2305.18290, section 6.1), end to end.
+"""Controlled sentiment generation (Rafailov et al. 2023, arXiv:2305.18290, 6.1), whole.
 
-1. Sample several continuations of each training opening from the base model, and score them with the
+1. Sample several continuations of each training opening from the base model, and score them with
+the
    ground-truth reward.
 2. Pair the best with the worst of each opening. They are the base model's own samples, so the
    log-probabilities they were sampled with are the reference's.
 3. Train DPO on the pairs.
 4. Sample base and trained model on openings from templates never trained on, and report.
 
-The paper trains on movie-review prefixes with a sentiment classifier; here both are made or packaged
-(neutral openings from a grammar, VADER), so the experiment runs anywhere. Every phase ends in a file
-under the run's directory, and is not run again when it is there.
+The paper trains on movie-review prefixes with a sentiment classifier; here both are made or
+packaged (neutral openings from a grammar, VADER), so the experiment runs anywhere. Every phase
+ends in a file under the run's directory, and is not run again when it is there.
 """
 
 import json
@@ -43,7 +44,8 @@ from align_jax.training.workdir import Workdir, write_json
 # Corpora are compared at this many samples a prompt: distinct-2 falls as a corpus grows.
 DISTINCT_SAMPLES = 4
 
-# Sample = one continuation: {prompt, prompt_tokens, text, tokens, log_prob, score}; log_prob in nats.
+# Sample = one continuation: {prompt, prompt_tokens, text, tokens, log_prob, score}; log_prob in
+# nats.
 Sample = dict[str, Any]
 
 
@@ -72,9 +74,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         )
 
     train_samples = phases.run("sample", sampled("sampling train", train_openings, s.samples, 0))
-    base_samples = phases.run(
-        "sample_base", sampled("sampling base", held_out, e.base_samples, 1)
-    )
+    base_samples = phases.run("sample_base", sampled("sampling base", held_out, e.base_samples, 1))
 
     def train() -> list[Sample]:
         nonlocal model_and_mesh
@@ -221,9 +221,8 @@ def _sample(
         for first in range(0, len(openings), s.batch_prompts):
             for round_ in range(0, count, s.batch_samples):
                 chosen = range(first, min(first + s.batch_prompts, len(openings)))
-                keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, round_), i))(
-                    np.array(chosen)
-                )
+                round_key = jax.random.fold_in(key, round_)
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(round_key, np.array(chosen))
                 size = min(s.batch_samples, count - round_)
                 drawn = jax.device_get(
                     generate(
@@ -258,7 +257,8 @@ def _with_base_log_probs(
 ) -> list[Sample]:
     """Adds each sample's log-probability under the base model: the other half of the KL.
 
-    The samples of an opening are the responses of one example, so that it is computed once for them.
+    The samples of an opening are the responses of one example, so that it is computed once for
+    them.
     """
     count = config.evaluation.trained_samples
     examples = []

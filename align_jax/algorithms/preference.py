@@ -115,7 +115,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 
 def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    """Loss, accuracy and margin of the trained model's implicit reward on `config.data.eval_source`."""
+    """Loss, accuracy and margin of the trained implicit reward on `config.data.eval_source`."""
     held_out = _held_out(config, load_tokenizer(config.model))
     model, mesh = offline.open_model(config)
     reference = held_out and reference_log_probs(model, mesh, held_out, config.data)

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: maximise the likelihood of demonstrations.
 
-Loss of a batch: the mean over all response tokens of `-log pi(y_t | x, y_<t)`. Prompt tokens carry none
+Loss of a batch: the mean over all response tokens of `-log pi(y_t | x, y_<t)`. Prompt tokens carry
+  none
 (Ouyang et al. 2022, arXiv:2203.02155, section 3.5); the EOS that ends a response does.
 """
 
@@ -34,9 +35,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     examples = offline.load_examples(config.data, config.data.source, tokenizer, kind=KIND)
     model, mesh = offline.open_model(config)
-    model = offline.train(
-        config, workdir.path, model, mesh, examples, loss_sums, description="SFT"
-    )
+    model = offline.train(config, workdir.path, model, mesh, examples, loss_sums, description="SFT")
     return _evaluated(config, model, mesh, tokenizer)
 
 

@@ -12,7 +12,8 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 
     """A mesh with the axes `data`, `fsdp`, `tensor`, `context` over all devices of all hosts.
 
     Args:
-      data, fsdp, tensor, context: axis sizes; at most one may be -1, which takes what the others leave.
+      data, fsdp, tensor, context: axis sizes; at most one may be -1, which takes what the others
+        leave.
 
     Raises:
       ValueError: the product of the sizes is not the number of devices.
@@ -30,8 +31,8 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 
     elif free or fixed != devices:
         asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ValueError(
-            f"mesh({asked}) does not fit {devices} device(s): the sizes must multiply to {devices}; "
-            "set config.mesh.* accordingly (-1 on one axis takes the rest)."
+            f"mesh({asked}) does not fit {devices} device(s): the sizes must multiply to "
+            f"{devices}; set config.mesh.* accordingly (-1 on one axis takes the rest)."
         )
     # Auto: the compiler propagates shardings from the rules. make_mesh would default to Explicit.
     return jax.make_mesh(
@@ -42,8 +43,9 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 
 def initialize_distributed() -> None:
     """Joins the other hosts of a multi-host run; does nothing on a single host.
 
-    Slurm, Open MPI and Cloud TPU pods are recognised by JAX itself; elsewhere the three usual variables
-    (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`) say where the others are.
+    Slurm, Open MPI and Cloud TPU pods are recognised by JAX itself; elsewhere the three usual
+    variables (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`) say where the
+    others are.
     """
     environment = os.environ
     if "JAX_COORDINATOR_ADDRESS" in environment:

@@ -1,10 +1,10 @@
 """The one table of partition rules: which mesh axes each named dimension is split over.
 
-Models name the dimensions of their parameters and activations; nothing else in the project mentions a
-mesh axis. The layout is that of ZeRO-3 / FSDP (Rajbhandari et al. 2020, arXiv:1910.02054) combined with
-the tensor parallelism of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053): the contraction over
-`heads` and `mlp` is split over `tensor`, parameters are stored split over `fsdp`, and rows of a batch
-over every axis that is not `tensor` or `context`.
+Models name the dimensions of their parameters and activations; nothing else in the project
+mentions a mesh axis. The layout is that of ZeRO-3 / FSDP (Rajbhandari et al. 2020,
+arXiv:1910.02054) combined with the tensor parallelism of Megatron-LM (Shoeybi et al. 2019,
+arXiv:1909.08053): the contraction over `heads` and `mlp` is split over `tensor`, parameters are
+stored split over `fsdp`, and rows of a batch over every axis that is not `tensor` or `context`.
 """
 
 import math
@@ -36,8 +36,8 @@ def partition_spec(
 ) -> PartitionSpec:
     """The `PartitionSpec` of an array with these named dimensions.
 
-    A dimension whose size the axes do not divide stays whole (three KV heads on `tensor=2`, say): the
-    result is the same numbers with less memory saved, where an error would forbid the model.
+    A dimension whose size the axes do not divide stays whole (three KV heads on `tensor=2`, say):
+    the result is the same numbers with less memory saved, where an error would forbid the model.
 
     Args:
       dimensions: one name of `RULES` per array dimension.

@@ -14,8 +14,8 @@ def filter_logits(logits: Array, *, top_k: int | None, top_p: Array | float | No
     Args:
       logits: `[N,V]` float32, already divided by the temperature.
       top_k: keep the k largest (Fan et al. 2018, arXiv:1805.04833); ties with the k-th stay too.
-      top_p: then keep the smallest set of most probable tokens whose probability reaches p (Holtzman
-        et al. 2020, arXiv:1904.09751).
+      top_p: then keep the smallest set of most probable tokens whose probability reaches p
+        (Holtzman et al. 2020, arXiv:1904.09751).
 
     Returns:
       `[N,V]` float32.
@@ -37,8 +37,8 @@ def sample(logits: Array, keys: Array) -> tuple[Array, Array]:
     """Draws one token a row from `softmax(logits)`.
 
     Inverse transform in two stages (a block of 256 tokens, then a token in it): two uniforms a row
-    instead of the one per vocabulary entry of the Gumbel trick, which on a CPU costs more than a layer.
-    Two separate uniforms also resolve probabilities far below float32's 2^-24.
+    instead of the one per vocabulary entry of the Gumbel trick, which on a CPU costs more than a
+    layer. Two separate uniforms also resolve probabilities far below float32's 2^-24.
 
     Args:
       logits: `[N,V]` float32; -inf is never drawn.
@@ -59,7 +59,7 @@ def sample(logits: Array, keys: Array) -> tuple[Array, Array]:
 
 
 def _inverse_transform(weights: Array, uniform: Array) -> Array:
-    """`[N,M], [N] -> [N]` int32: index i with probability weights[i] / sum; never one of weight 0."""
+    """`[N,M], [N] -> [N]` int32: index i with probability weights[i] / sum, never of weight 0."""
     cumulative = jnp.cumsum(weights, axis=-1)
     # Strictly greater: an entry of weight 0 does not raise the sum, so it is never the first.
     return jnp.argmax(cumulative > uniform[:, None] * cumulative[:, -1:], axis=-1).astype(jnp.int32)

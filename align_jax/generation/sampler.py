@@ -1,8 +1,9 @@
 """Sampling continuations: prefill, then one compiled decoding loop with a key-value cache.
 
-The cache has two parts: the prompt's keys and values, held once however many samples a prompt gets, and
-each sample's own. Prompts are padded on the right to a length bucket; a sample's positions go on from
-its prompt's true length, so padding never shows.
+The cache has two parts: the prompt's keys and values, held once however many samples a prompt
+  gets, and
+each sample's own. Prompts are padded on the right to a length bucket; a sample's positions go on
+from its prompt's true length, so padding never shows.
 """
 
 import functools
@@ -28,8 +29,8 @@ class Generation(NamedTuple):
     Attributes:
       tokens: `[N, max_new_tokens]` int32; 0 after a row has stopped.
       mask: `[N, max_new_tokens]` float32, 1 on generated tokens, the stop token included.
-      log_probs: `[N, max_new_tokens]` float32, nats, of each token under the distribution it was drawn
-        from (temperature and filters applied); under the untempered one for greedy decoding.
+      log_probs: `[N, max_new_tokens]` float32, nats, of each token under the distribution it was
+        drawn from (temperature and filters applied); under the untempered one for greedy decoding.
     """
 
     tokens: Array
@@ -63,8 +64,8 @@ def generate(
     Args:
       model: the policy.
       prompts: lists of token ids, each with at least one.
-      key: a PRNG key, or an array of one key per prompt. A sample depends on its prompt's key and its
-        number only, not on what else is in the call.
+      key: a PRNG key, or an array of one key per prompt. A sample depends on its prompt's key and
+        its number only, not on what else is in the call.
       max_new_tokens: tokens per sample at most.
       temperature: divides the logits; 0 is greedy decoding.
       top_k, top_p: see `logits.filter_logits`.
@@ -72,7 +73,8 @@ def generate(
       samples_per_prompt: the prompt is computed once for all of them.
 
     Raises:
-      ValueError: an empty prompt, a negative temperature, or more tokens than the model has positions.
+      ValueError: an empty prompt, a negative temperature, or more tokens than the model has
+        positions.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     _check(model, lengths, max_new_tokens, temperature)
@@ -115,8 +117,8 @@ def _check(model, lengths, max_new_tokens, temperature):
     longest = int(lengths.max()) + max_new_tokens
     if longest > model.config.context_length:
         raise ValueError(
-            f"generate: a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed the "
-            f"model's context of {model.config.context_length} tokens; shorten one of them."
+            f"generate: a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed "
+            f"the model's context of {model.config.context_length} tokens; shorten one of them."
         )
 
 
@@ -144,14 +146,14 @@ def _prefill(model, tokens, lengths, samples, max_new_tokens):
     zeros = jnp.zeros(shape, dtype)
     hidden, (keys, values) = model.run_layers(tokens, positions, attend, (zeros, zeros))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    own = jnp.zeros((2, c.num_layers, rows, samples, max_new_tokens, c.num_kv_heads, c.head_dim), dtype)
+    own = jnp.zeros(
+        (2, c.num_layers, rows, samples, max_new_tokens, c.num_kv_heads, c.head_dim), dtype
+    )
     return _Cache(keys, values, own[0], own[1]), last
 
 
 @functools.partial(jax.jit, static_argnames=("greedy", "top_k"), donate_argnames=("cache",))
-def _decode(
-    model, cache, hidden, lengths, keys, stop_tokens, temperature, top_p, *, greedy, top_k
-):
+def _decode(model, cache, hidden, lengths, keys, stop_tokens, temperature, top_p, *, greedy, top_k):
     """Draws until every row has stopped; `hidden` is `[P,D]`, one a prompt.
 
     Returns the used-up cache too: a donated buffer is only reused for an output.
@@ -224,10 +226,16 @@ def _decode_layers(model, tokens, step, prompt_lengths, cache, lengths):
         )
         folded = queries.reshape(rows, samples, k, heads // k, c.head_dim)
         on_prompt = jnp.einsum(
-            "pskgd,ptkd->pskgt", folded, cache.prompt_keys[layer], preferred_element_type=jnp.float32
+            "pskgd,ptkd->pskgt",
+            folded,
+            cache.prompt_keys[layer],
+            preferred_element_type=jnp.float32,
         )
         on_own = jnp.einsum(
-            "pskgd,pstkd->pskgt", folded, cache.sample_keys[layer], preferred_element_type=jnp.float32
+            "pskgd,pstkd->pskgt",
+            folded,
+            cache.sample_keys[layer],
+            preferred_element_type=jnp.float32,
         )
         scores = jnp.concatenate(
             [
@@ -239,7 +247,9 @@ def _decode_layers(model, tokens, step, prompt_lengths, cache, lengths):
         weights = jax.nn.softmax(scores * c.head_dim**-0.5, axis=-1).astype(queries.dtype)
         merged = jnp.einsum(
             "pskgt,ptkd->pskgd", weights[..., :prompt_length], cache.prompt_values[layer]
-        ) + jnp.einsum("pskgt,pstkd->pskgd", weights[..., prompt_length:], cache.sample_values[layer])
+        ) + jnp.einsum(
+            "pskgt,pstkd->pskgd", weights[..., prompt_length:], cache.sample_values[layer]
+        )
         return merged.reshape(rows * samples, 1, heads, c.head_dim), cache
 
     hidden, cache = model.run_layers(tokens[:, None], position[:, None], attend, cache)

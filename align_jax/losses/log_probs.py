@@ -1,7 +1,8 @@
 """Log-probabilities of tokens and sequences, with and without the full logits in memory.
 
-All log-probabilities are in nats and float32. `tokens` are the tokens whose probability is asked for:
-`logits[..., t, :]` is the distribution over `tokens[..., t]`, so a caller with next-token logits shifts
+All log-probabilities are in nats and float32. `tokens` are the tokens whose probability is asked
+for: `logits[..., t, :]` is the distribution over `tokens[..., t]`, so a caller with next-token
+  logits shifts
 them first.
 """
 
@@ -38,7 +39,8 @@ def sequence_log_probs(token_log_probs: Array, mask: Array, *, average: bool = F
 
     Args:
       token_log_probs: `[...,T]` float, nats.
-      mask: `[...,T]`, 1 where a token counts; what stands elsewhere (NaN included) has no influence.
+      mask: `[...,T]`, 1 where a token counts; what stands elsewhere (NaN included) has no
+        influence.
       average: divide by the number of counted tokens; a sequence with none gives 0.
 
     Returns:
@@ -53,7 +55,8 @@ def sequence_log_probs(token_log_probs: Array, mask: Array, *, average: bool = F
 def negative_log_likelihood(token_log_probs: Array, mask: Array) -> Array:
     """Supervised fine-tuning's loss of each token: `-log pi(y_t | x, y_<t)` where the mask is 1.
 
-    The mask is what keeps prompts out of the loss (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
+    The mask is what keeps prompts out of the loss (Ouyang et al. 2022, arXiv:2203.02155, section
+    3.5).
 
     Args:
       token_log_probs: `[...,T]` float, nats.
@@ -77,9 +80,9 @@ def chunked_token_log_probs(
 ) -> tuple[Array, Array]:
     """Log-probabilities and entropies from hidden states, never holding `[B,T,V]`.
 
-    The logits are `hidden @ unembedding.T` (then `cap * tanh(. / cap)` with a soft cap, then divided by
-    the temperature). `chunk_size` positions of every row are projected at a time, in the forward pass
-    and, recomputed, in the backward pass, so the peak is `[B,chunk_size,V]`.
+    The logits are `hidden @ unembedding.T` (then `cap * tanh(. / cap)` with a soft cap, then
+    divided by the temperature). `chunk_size` positions of every row are projected at a time, in
+    the forward pass and, recomputed, in the backward pass, so the peak is `[B,chunk_size,V]`.
 
     Args:
       hidden: `[B,T,D]` float; matrix products run in its dtype and accumulate in float32.

@@ -1,8 +1,9 @@
 """Who attends to whom (the project's one mask rule), rotary positions, and causal attention.
 
-Mask rule: query i sees key j if j is not later in the row, belongs to the same segment, and is on the
-prompt (branch 0) or on the same branch. Padding is segment 0: it sees only padding, and nothing real
-sees it, wherever in the row it stands.
+Mask rule: query i sees key j if j is not later in the row, belongs to the same segment, and is on
+  the
+prompt (branch 0) or on the same branch. Padding is segment 0: it sees only padding, and nothing
+real sees it, wherever in the row it stands.
 """
 
 import math
@@ -13,8 +14,8 @@ import numpy as np
 
 Array = jax.Array
 
-# A query block of this length only meets the keys up to its own end: half of the work of full attention
-# for long rows, while every matrix product stays large enough to run at speed.
+# A query block of this length only meets the keys up to its own end: half of the work of full
+# attention for long rows, while every matrix product stays large enough to run at speed.
 QUERY_BLOCK = 128
 
 
@@ -79,7 +80,8 @@ def attention(
       queries: `[B,T,H,d]`.
       keys, values: `[B,T,K,d]`, K divides H.
       segment_ids, branch_ids: `[B,T]`, see the mask rule.
-      sliding_window: keys at least this many positions back are not seen (Mistral); needs `positions`.
+      sliding_window: keys at least this many positions back are not seen (Mistral); needs
+        `positions`.
       positions: `[B,T]`.
 
     Returns:
@@ -108,7 +110,8 @@ def attention(
 def masked_attention(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
     """`[B,Tq,H,d], [B,Tk,K,d], [B,Tk,K,d], [B or 1,Tq,Tk] -> [B,Tq,H,d]`.
 
-    The H/K query heads of a group are folded into the rows of one matrix product with their shared keys.
+    The H/K query heads of a group are folded into the rows of one matrix product with their shared
+    keys.
     """
     b, t, h, d = queries.shape
     k = keys.shape[2]

@@ -14,8 +14,8 @@ class ScalarHead(nnx.Module):
 
     Args:
       hidden_size: D.
-      key: PRNG key of N(0, 1/(D+1)), the reward head of Stiennon et al. 2020 (arXiv:2009.01325, B.1);
-        None starts at zero, as value heads do.
+      key: PRNG key of N(0, 1/(D+1)), the reward head of Stiennon et al. 2020 (arXiv:2009.01325,
+        B.1); None starts at zero, as value heads do.
     """
 
     def __init__(self, hidden_size: int, *, key: Array | None):

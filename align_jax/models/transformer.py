@@ -1,9 +1,9 @@
 """One decoder-only transformer; what differs between families is a field of its config.
 
-The modules are `flax.nnx` modules used as plain pytrees: `jax.value_and_grad`, optax and `jax.jit` take
-the model itself. Layers are stacked along a leading axis and run by `lax.scan`, so compile time does
-not grow with depth. Hidden states come out; the projection to the vocabulary is the loss's business,
-which needs it at some positions only.
+The modules are `flax.nnx` modules used as plain pytrees: `jax.value_and_grad`, optax and `jax.jit`
+take the model itself. Layers are stacked along a leading axis and run by `lax.scan`, so compile
+time does not grow with depth. Hidden states come out; the projection to the vocabulary is the
+loss's business, which needs it at some positions only.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from align_jax.distributed.partitioning import constrain
-from align_jax.models.attention import attention, rotate, rotary_frequencies
+from align_jax.models.attention import attention, rotary_frequencies, rotate
 
 Array = jax.Array
 
@@ -52,7 +52,8 @@ class TransformerConfig:
     remat: str = "none"  # "none" | "linear" (keep projections) | "full" (keep layer inputs)
 
 
-# The named dimensions of every parameter, by its last attribute name; `partitioning.RULES` places them.
+# The named dimensions of every parameter, by its last attribute name; `partitioning.RULES` places
+# them.
 PARAMETER_DIMENSIONS: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocab", "embed"),
     "position_embedding": (None, "embed"),
@@ -105,7 +106,7 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections of grouped-query attention (Ainslie et al. 2023); the caller says who attends to whom."""
+    """Projections of grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
     def __init__(self, config: TransformerConfig, *, key: Array):
         c, keys = config, jax.random.split(key, 4)
@@ -121,7 +122,7 @@ class Attention(nnx.Module):
         self.output_bias = zeros(c.hidden_size)
 
     def project(self, x: Array, rotary: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
-        """`[B,T,D]` to queries `[B,T,H,d]`, keys and values `[B,T,K,d]`, rotated where rotary is."""
+        """`[B,T,D]` to queries `[B,T,H,d]`, keys and values `[B,T,K,d]`, rotated if rotary."""
         queries = _linear(x, self.query, self.query_bias)
         keys = _linear(x, self.key, self.key_bias)
         values = _linear(x, self.value, self.value_bias)
@@ -167,7 +168,8 @@ class Block(nnx.Module):
         self.mlp = MLP(config, key=keys[1])
 
 
-# (layer index, queries [B,T,H,d], keys [B,T,K,d], values [B,T,K,d], state) -> (heads [B,T,H,d], state)
+# (layer index, queries [B,T,H,d], keys [B,T,K,d], values [B,T,K,d], state) -> (heads [B,T,H,d],
+# state)
 Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 
 
@@ -211,8 +213,8 @@ class Transformer(nnx.Module):
         Args:
           tokens: `[B,T]` int32.
           positions: `[B,T]` int32; by default counted from each segment's first token.
-          segment_ids: `[B,T]` int32, tokens attend within their segment only; 0 is padding, on either
-            side. By default one segment per row.
+          segment_ids: `[B,T]` int32, tokens attend within their segment only; 0 is padding, on
+            either side. By default one segment per row.
           branch_ids: `[B,T]` int32; 0 is a prompt, other values are alternative continuations of it
             that do not see each other. By default there is one branch.
 
@@ -322,8 +324,9 @@ def _matmul_forward(x, kernel):
 
 
 def _matmul_backward(residuals, dy):
-    # JAX's own rule puts the cotangent first in the kernel's gradient, and XLA on a CPU then computes
-    # the activation's derivative straight into a transposed buffer: a fifth of the step on one fusion.
+    # JAX's own rule puts the cotangent first in the kernel's gradient, and XLA on a CPU then
+    # computes the activation's derivative straight into a transposed buffer: a fifth of the step
+    # on one fusion.
     x, kernel = residuals
     return jnp.einsum("btf,df->btd", dy, kernel), jnp.einsum("btd,btf->df", x, dy)
 

@@ -1,8 +1,8 @@
 """Checkpoints: one flat, named dictionary of arrays and one JSON object, written by Orbax.
 
-Names are the paths of the leaves in the train state (`model.blocks.mlp.up`, ...), so a checkpoint does
-not depend on how a library spells its containers. Orbax writes beside the final place and renames: a
-run killed while saving still has the checkpoint before.
+Names are the paths of the leaves in the train state (`model.blocks.mlp.up`, ...), so a checkpoint
+does not depend on how a library spells its containers. Orbax writes beside the final place and
+renames: a run killed while saving still has the checkpoint before.
 """
 
 import shutil
@@ -79,7 +79,7 @@ class Checkpointer:
         )
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest checkpoint in the structure, and with the shardings, of the train state `state`.
+        """The newest checkpoint, in the structure and with the shardings of the state `state`.
 
         Raises:
           RunError: the checkpoint holds other names or shapes.
@@ -116,8 +116,8 @@ class Checkpointer:
         for name, leaf in wanted.items():
             if name not in saved:
                 raise RunError(
-                    f"the checkpoint of step {step} in {self.directory} has no {name}: it belongs to "
-                    "another model. Use the config it was made with, or another --workdir."
+                    f"the checkpoint of step {step} in {self.directory} has no {name}: it belongs "
+                    "to another model. Use the config it was made with, or another --workdir."
                 )
             if tuple(saved[name].shape) != tuple(leaf.shape):
                 raise RunError(
@@ -136,7 +136,7 @@ class Checkpointer:
 
 
 def require_space(directory: Path, state: Any, copies: int) -> None:
-    """Raises `RunError` if `copies` checkpoints of `state` will not fit on the disk of `directory`."""
+    """Raises `RunError` if `copies` checkpoints of `state` will not fit on the disk."""
     needed = copies * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(directory).free
     if free < needed:

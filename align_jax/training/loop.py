@@ -90,9 +90,10 @@ def fit(
         broken = [name for name in ("loss", "grad_norm") if not np.isfinite(values[name])]
         if broken:
             raise RunError(
-                f"{' and '.join(broken)} not finite at step {step} (loss {values['loss']}, grad_norm "
-                f"{values['grad_norm']}) on the batch of examples {ids}. Nothing was saved since the "
-                "last checkpoint; look at these examples or lower config.optimizer.learning_rate."
+                f"{' and '.join(broken)} not finite at step {step} (loss {values['loss']}, "
+                f"grad_norm {values['grad_norm']}) on the batch of examples {ids}. Nothing was "
+                "saved since the last checkpoint; look at these examples or lower "
+                "config.optimizer.learning_rate."
             )
         if step % log_every == 0 or step == num_steps:
             writer.write(step, values)

@@ -1,4 +1,4 @@
-"""What the offline algorithms share: config to model, records to batches, a loss to a trained model."""
+"""What the offline algorithms share: from a config, records and a loss to a trained model."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,7 +94,7 @@ def load_examples(data: ConfigDict, source: str, tokenizer: Any, *, kind: str) -
 def make_collate(
     data: ConfigDict, attach: Attach | None = None
 ) -> Callable[[Sequence[Example]], dict[str, np.ndarray]]:
-    """A function from examples to a batch, with a leading axis of micro-batches if they accumulate."""
+    """A function from examples to a batch; with accumulation, micro-batches are its first axis."""
     parts = data.accumulation
 
     def collate(examples: Sequence[Example]) -> dict[str, np.ndarray]:
@@ -138,7 +138,8 @@ def train(
     """Trains `model` (consumed) on `examples` in a run directory, or goes on where it was stopped.
 
     Raises:
-      RunError: sizes in the config that do not fit, too little disk space, a loss that is not finite.
+      RunError: sizes in the config that do not fit, too little disk space, a loss that is not
+        finite.
       Interrupted: see `fit`.
     """
     data = config.data
@@ -153,8 +154,8 @@ def train(
     num_steps = config.num_steps or round(config.num_epochs * len(examples) / data.batch_size)
     if num_steps < 1:
         raise RunError(
-            f"config.num_epochs = {config.num_epochs} of {len(examples)} examples is less than half a "
-            f"batch of config.data.batch_size = {data.batch_size}."
+            f"config.num_epochs = {config.num_epochs} of {len(examples)} examples is less than "
+            f"half a batch of config.data.batch_size = {data.batch_size}."
         )
     optimizer = make_optimizer(config.optimizer, num_steps)
     state = init_state(model, optimizer, mesh)

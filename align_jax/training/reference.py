@@ -34,8 +34,9 @@ def reference_log_probs(
 ) -> np.ndarray:
     """Summed log-probability of every response under `model`: `[examples, responses]`, nats.
 
-    Cached under a key of the model's parameters and compute dtype and of every token and mask, hence of
-    the lengths they were cut to: another model, data set or limit never meets a stale file.
+    Cached under a key of the model's parameters and compute dtype and of every token and mask,
+    hence of the lengths they were cut to: another model, data set or limit never meets a stale
+      file.
     """
     file = cache_directory() / "reference" / f"{_key(model, examples)}.npy"
     if file.exists():

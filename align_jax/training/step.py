@@ -44,7 +44,7 @@ LossFunction = Callable[[nnx.Module, Batch], LossSums]
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Shardings of a state (or of its shapes): the optimizer's moments lie as their parameters do."""
+    """Shardings of a state (or of its shapes): moments lie as their parameters do."""
     names = flatten(parameter_dimensions(state.model), is_leaf=lambda x: isinstance(x, tuple))
     model = {
         name: named_sharding(mesh, names[name], leaf.shape)
@@ -62,7 +62,9 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     )
 
 
-def init_state(model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
     """The state before the first step; the model's arrays are used, not copied."""
     shapes = jax.eval_shape(lambda m: TrainState(jnp.int32(0), m, optimizer.init(m)), model)
     shardings = state_shardings(shapes, mesh)
@@ -74,8 +76,8 @@ def init_state(model: nnx.Module, optimizer: optax.GradientTransformation, mesh:
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, *, accumulated: bool) -> Batch:
     """Puts a global batch, known to every host, on the mesh.
 
-    Arrays of rows (`[rows, width]`, and `[accumulation, rows, width]` when `accumulated`) are split by
-    rows; arrays of one value per response lie whole on every device.
+    Arrays of rows (`[rows, width]`, and `[accumulation, rows, width]` when `accumulated`) are
+    split by rows; arrays of one value per response lie whole on every device.
     """
     lead = (None,) if accumulated else ()
 
@@ -116,7 +118,10 @@ def make_train_step(
             shapes = jax.eval_shape(gradients, state.model, jax.tree.map(lambda x: x[0], batch))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (sums, grads), _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, gradients(state.model, part)), None),
+                lambda total, part: (
+                    jax.tree.map(jnp.add, total, gradients(state.model, part)),
+                    None,
+                ),
                 zeros,
                 batch,
             )
