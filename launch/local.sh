@@ -23,4 +23,6 @@ fi
 # glibc hands large freed buffers back to the kernel, which zeroes them page by page at the next use.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
+# Huge pages for the same buffers: a seventh of a training step on a CPU was page faults.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 exec "$python" -m align_jax train --config="$config" "$@"
