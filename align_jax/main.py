@@ -9,6 +9,7 @@ Exit status: 0 done; 2 something the user can mend, said in one message; 130 or 
 """
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -16,8 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What `config.algorithm` may say, and the module that runs it: run(config, workdir),
-# evaluate(same).
+# What `config.algorithm` may say, and the module with its run and evaluate, of (config, workdir).
 ALGORITHMS = {
     "sft": "align_jax.algorithms.sft",
     "preference": "align_jax.algorithms.preference",
@@ -50,7 +50,11 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except (RunError, DataError, ModelError, OSError, ImportError) as error:
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"the disk is full ({error}). Free some space, then start again.")
+        return _fail(str(error))
+    except (RunError, DataError, ModelError, ImportError) as error:
         return _fail(str(error))
     return 0
 
@@ -132,19 +136,23 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
     import jax
 
+    from align_jax.data.chat import encode_record
+    from align_jax.data.formats import parse_record
     from align_jax.generation import generate
     from align_jax.training.errors import RunError
 
     model, tokenizer = _open(arguments.model)
-    text = arguments.prompt
+    prompt: Any = arguments.prompt
     if tokenizer.chat_template and not arguments.raw:
-        messages = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    prompt = tokenizer(text, add_special_tokens=False).input_ids
+        prompt = [{"role": "user", "content": prompt}]
+    record = parse_record({"prompt": prompt}, kind="prompt", where="--prompt")
+    example = encode_record(
+        record, tokenizer, id=0, kind="prompt", max_length=model.config.context_length
+    )
     try:
         samples = generate(
             model,
-            [prompt],
+            [example.prompt],
             key=jax.random.key(arguments.seed),
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
@@ -167,7 +175,12 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     workdir = Workdir(arguments.workdir, config)
     if arguments.data:
         config.data.eval_source = arguments.data
-    if config.algorithm != "controlled_sentiment" and not config.data.eval_source:
+    if config.algorithm == "controlled_sentiment":
+        if arguments.data:
+            raise RunError(
+                "a run of controlled sentiment is evaluated on its own samples: no --data."
+            )
+    elif not config.data.eval_source:
         raise RunError(
             "the run's config has no data.eval_source; name the data with --data=SOURCE."
         )
@@ -199,15 +212,13 @@ def _run_config(workdir: str | os.PathLike) -> Any:
 
 def _open(path: str) -> tuple[Any, Any]:
     """Model and tokenizer of a workdir, or of anything `load_model` reads."""
-    from align_jax.distributed.mesh import make_mesh
     from align_jax.models.interchange import load_model, load_tokenizer
-    from align_jax.training.offline import restored_model
+    from align_jax.training.offline import open_mesh, restored_model
     from align_jax.training.workdir import read_config
 
     folder = Path(path)
     if (folder / "config.json").is_file() and "algorithm" in read_config(folder):
         config = _run_config(folder)
-        return restored_model(config, folder, make_mesh(**config.mesh)), load_tokenizer(
-            config.model
-        )
+        model = restored_model(config, folder, open_mesh(config))
+        return model, load_tokenizer(config.model)
     return load_model(path), load_tokenizer(path)

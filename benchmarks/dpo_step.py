@@ -12,12 +12,21 @@ pair, prompt counted twice, padding not at all, the same number for both sides.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+
+# What launch/local.sh sets; the peer gets it too.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 def main() -> None:
@@ -49,6 +58,7 @@ def _compare(arguments: argparse.Namespace) -> None:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                env=os.environ | ALLOCATOR,
             )
             for name, python in pythons.items()
         }
@@ -149,7 +159,10 @@ def _ours(folder: Path):
     config.update(loss="dpo", beta=0.1, model=str(folder / "model"))
     config.optimizer = default_optimizer_config(learning_rate=1e-6)
     batches = json.loads((folder / "batches.json").read_text())
-    config.data = offline.default_data_config(batch_size=len(batches[0]), rows=2)
+    buckets = tuple(range(32, 1024, 32))
+    config.data = offline.default_data_config(
+        batch_size=len(batches[0]), rows=2, length_buckets=buckets, target_buckets=buckets
+    )
     examples = []
     for number, pair in enumerate(pair for batch in batches for pair in batch):
         responses = tuple(
@@ -212,6 +225,7 @@ def _trl(folder: Path):
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )
     trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # set by trainer.train()
     for batch in batches:
         with torch.no_grad():
             chosen, rejected = trainer.compute_ref_log_probs(model, trainer.data_collator(batch))

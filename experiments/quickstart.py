@@ -25,7 +25,6 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
             "prompts": 160,
             "samples": 4,
             "max_new_tokens": 24,
-            "temperature": 1.0,
             "batch_prompts": 40,  # prompts and samples of each that are decoded together
             "batch_samples": 4,
         }

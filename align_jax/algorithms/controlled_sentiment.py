@@ -1,8 +1,7 @@
 """Controlled sentiment generation (Rafailov et al. 2023, arXiv:2305.18290, 6.1), whole.
 
 1. Sample several continuations of each training opening from the base model, and score them with
-the
-   ground-truth reward.
+   the ground-truth reward.
 2. Pair the best with the worst of each opening. They are the base model's own samples, so the
    log-probabilities they were sampled with are the reference's.
 3. Train DPO on the pairs.
@@ -14,8 +13,6 @@ ends in a file under the run's directory, and is not run again when it is there.
 """
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,13 +36,12 @@ from align_jax.training import offline
 from align_jax.training.errors import RunError
 from align_jax.training.metrics import progress, read_metrics
 from align_jax.training.reference import compute_log_probs
-from align_jax.training.workdir import Workdir, write_json
+from align_jax.training.workdir import Workdir, write_file, write_json
 
 # Corpora are compared at this many samples a prompt: distinct-2 falls as a corpus grows.
 DISTINCT_SAMPLES = 4
 
-# Sample = one continuation: {prompt, prompt_tokens, text, tokens, log_prob, score}; log_prob in
-# nats.
+# A continuation: {prompt, prompt_tokens, text, tokens, log_prob, score}; log_prob in nats.
 Sample = dict[str, Any]
 
 
@@ -53,11 +49,17 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Runs every phase that has not been run; returns the summary of the report."""
     if config.reward not in RULES:
         raise RunError(f"config.reward is {config.reward!r}; expected one of {sorted(RULES)}.")
-    if config.evaluation.base_samples < 4 * DISTINCT_SAMPLES:
-        raise RunError(f"config.evaluation.base_samples must be at least {4 * DISTINCT_SAMPLES}.")
+    preference.make_loss(config)
+    s, e = config.sampling, config.evaluation
+    for name, count, least in (
+        ("sampling.samples", s.samples, 2),
+        ("evaluation.base_samples", e.base_samples, 4 * DISTINCT_SAMPLES),
+        ("evaluation.trained_samples", e.trained_samples, DISTINCT_SAMPLES),
+    ):
+        if count < least:
+            raise RunError(f"config.{name} is {count}; expected at least {least}.")
     tokenizer = load_tokenizer(config.model)
     phases = _Phases(workdir.path)
-    s, e = config.sampling, config.evaluation
     train_openings = review_openings("train", s.prompts, seed=config.seed)
     held_out = review_openings("held_out", e.prompts, seed=config.seed)
     key = jax.random.key(config.seed)
@@ -73,6 +75,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             config, *base(), tokenizer, openings, count, jax.random.fold_in(key, fold), name
         )
 
+    if not phases.done("train"):
+        offline.check(config, workdir.path, base()[0], s.prompts)
     train_samples = phases.run("sample", sampled("sampling train", train_openings, s.samples, 0))
     base_samples = phases.run("sample_base", sampled("sampling base", held_out, e.base_samples, 1))
 
@@ -87,7 +91,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     pairs = phases.run("train", train)[0]["pairs"]
 
     def sample_trained() -> list[Sample]:
-        mesh = offline.make_mesh(**config.mesh)
+        mesh = offline.open_mesh(config)
         model = offline.restored_model(config, workdir.path, mesh)
         fold = jax.random.fold_in(key, 2)
         samples = _sample(
@@ -97,11 +101,9 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         return _with_base_log_probs(config, samples, *base())
 
     trained_samples = phases.run("sample_trained", sample_trained)
-    started = time.monotonic()
     summary = summarise(base_samples, trained_samples, config.evaluation)
     summary |= {"seconds": phases.seconds, "seed": config.seed, "pairs": pairs}
     summary["config"] = config.to_dict()
-    summary["seconds"]["report"] = time.monotonic() - started
     write_report(
         workdir.path / "report",
         title=f"{config.loss.upper()} on controlled sentiment: {config.model}",
@@ -230,7 +232,6 @@ def _sample(
                         [prompts[i] for i in chosen],
                         key=keys,
                         max_new_tokens=s.max_new_tokens,
-                        temperature=s.temperature,
                         stop_tokens=(tokenizer.eos_token_id,),
                         samples_per_prompt=size,
                     )
@@ -286,9 +287,9 @@ def _grid(samples: Sequence[Sample], field: str, per_prompt: int) -> np.ndarray:
 
 
 def _side_by_side(
-    base: Sequence[Sample], trained: Sequence[Sample], evaluation: ConfigDict, count: int = 12
+    base: Sequence[Sample], trained: Sequence[Sample], evaluation: ConfigDict
 ) -> list[dict[str, Any]]:
-    """The first samples of the first prompts: not chosen for looks."""
+    """The first samples of the first 12 prompts: not chosen for looks."""
     pairs = zip(base[:: evaluation.base_samples], trained[:: evaluation.trained_samples])
     return [
         {
@@ -298,7 +299,7 @@ def _side_by_side(
             "trained": b["text"],
             "trained_score": b["score"],
         }
-        for a, b in list(pairs)[:count]
+        for a, b in list(pairs)[:12]
     ]
 
 
@@ -313,22 +314,25 @@ class _Phases:
         if self._seconds_file.exists():
             self.seconds = json.loads(self._seconds_file.read_text(encoding="utf-8"))
 
+    def _file(self, name: str) -> Path:
+        return self._directory / f"{name}.jsonl"
+
+    def done(self, name: str) -> bool:
+        return self._file(name).exists()
+
     def run(self, name: str, phase: Callable[[], list[Sample]]) -> list[Sample]:
-        file = self._directory / f"{name}.jsonl"
-        if not file.exists():
+        if not self.done(name):
             started = time.monotonic()
             records = phase()
-            descriptor, temporary = tempfile.mkstemp(dir=self._directory, suffix=".tmp")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-                out.writelines(json.dumps(record) + "\n" for record in records)
+            lines = "".join(json.dumps(record) + "\n" for record in records)
             self.seconds[name] = time.monotonic() - started
             write_json(self._seconds_file, self.seconds)
-            os.replace(temporary, file)
+            write_file(self._file(name), lines.encode("utf-8"))
         return self.read(name)
 
     def read(self, name: str) -> list[Sample]:
-        file = self._directory / f"{name}.jsonl"
-        if not file.exists():
+        file = self._file(name)
+        if not self.done(name):
             raise RunError(f"{file} is not there: the run has not finished its phase {name!r}.")
         lines = file.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]

@@ -46,7 +46,11 @@ LOSSES = {
 
 
 def make_loss(config: ConfigDict) -> LossFunction:
-    """The loss of a batch of pairs under `config.loss` and `config.beta`, summed over pairs."""
+    """The loss of a batch of pairs under `config.loss` and `config.beta`, summed over pairs.
+
+    A batch may hold `weight` `[pairs]`: how often a pair counts, in the loss and in the metrics. A
+    soft label p is a pair and its reverse with weights p and 1 - p.
+    """
     if config.loss not in LOSSES:
         raise RunError(f"config.loss is {config.loss!r}; expected one of {sorted(LOSSES)}.")
     pair_loss, beta = LOSSES[config.loss], config.beta
@@ -68,8 +72,9 @@ def make_loss(config: ConfigDict) -> LossFunction:
             "logps/chosen": chosen,
             "logps/rejected": rejected,
         }
-        sums = {name: value.sum() for name, value in metrics.items()}
-        return LossSums(values.sum(), jnp.float32(values.shape[0]), sums)
+        weight = batch.get("weight", jnp.ones_like(values))
+        sums = {name: (weight * value).sum() for name, value in metrics.items()}
+        return LossSums((weight * values).sum(), weight.sum(), sums)
 
     return loss_sums
 
@@ -108,6 +113,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     examples = offline.load_examples(config.data, config.data.source, tokenizer, kind=KIND)
     held_out = _held_out(config, tokenizer)
     model, mesh = offline.open_model(config)
+    offline.check(config, workdir.path, model, len(examples))
     reference = reference_log_probs(model, mesh, examples, config.data)
     held_out_reference = held_out and reference_log_probs(model, mesh, held_out, config.data)
     model = train(config, workdir, model, mesh, examples, reference)
@@ -117,9 +123,9 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Loss, accuracy and margin of the trained implicit reward on `config.data.eval_source`."""
     held_out = _held_out(config, load_tokenizer(config.model))
-    model, mesh = offline.open_model(config)
-    reference = held_out and reference_log_probs(model, mesh, held_out, config.data)
+    base, mesh = offline.open_model(config)
     model = offline.restored_model(config, workdir.path, mesh)
+    reference = held_out and reference_log_probs(base, mesh, held_out, config.data)
     return _evaluated(config, model, mesh, held_out, reference)
 
 

@@ -1,8 +1,7 @@
 """Supervised fine-tuning: maximise the likelihood of demonstrations.
 
 Loss of a batch: the mean over all response tokens of `-log pi(y_t | x, y_<t)`. Prompt tokens carry
-  none
-(Ouyang et al. 2022, arXiv:2203.02155, section 3.5); the EOS that ends a response does.
+none (Ouyang et al. 2022, arXiv:2203.02155, section 3.5); the EOS that ends a response does.
 """
 
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from align_jax.data.chat import Example
 from align_jax.losses.log_probs import negative_log_likelihood
 from align_jax.models.interchange import load_tokenizer
 from align_jax.models.transformer import Transformer
@@ -34,21 +34,27 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Trains as configured; returns the summary."""
     tokenizer = load_tokenizer(config.model)
     examples = offline.load_examples(config.data, config.data.source, tokenizer, kind=KIND)
+    held_out = _held_out(config, tokenizer)
     model, mesh = offline.open_model(config)
     model = offline.train(config, workdir.path, model, mesh, examples, loss_sums, description="SFT")
-    return _evaluated(config, model, mesh, tokenizer)
+    return _evaluated(config, model, mesh, held_out)
 
 
 def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """The trained model's loss on `config.data.eval_source`, in nats a token."""
-    mesh = offline.make_mesh(**config.mesh)
+    held_out = _held_out(config, load_tokenizer(config.model))
+    mesh = offline.open_mesh(config)
     model = offline.restored_model(config, workdir.path, mesh)
-    return _evaluated(config, model, mesh, load_tokenizer(config.model))
+    return _evaluated(config, model, mesh, held_out)
 
 
-def _evaluated(config, model, mesh, tokenizer) -> dict[str, Any]:
-    if not config.data.eval_source:
+def _held_out(config, tokenizer) -> list[Example]:
+    source = config.data.eval_source
+    return offline.load_examples(config.data, source, tokenizer, kind=KIND) if source else []
+
+
+def _evaluated(config, model, mesh, examples) -> dict[str, Any]:
+    if not examples:
         return {}
-    examples = offline.load_examples(config.data, config.data.eval_source, tokenizer, kind=KIND)
     metrics = offline.evaluate(config, model, mesh, examples, loss_sums)
     return {"eval": metrics | {"perplexity": float(jnp.exp(metrics["loss"]))}}

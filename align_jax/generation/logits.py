@@ -15,7 +15,7 @@ def filter_logits(logits: Array, *, top_k: int | None, top_p: Array | float | No
       logits: `[N,V]` float32, already divided by the temperature.
       top_k: keep the k largest (Fan et al. 2018, arXiv:1805.04833); ties with the k-th stay too.
       top_p: then keep the smallest set of most probable tokens whose probability reaches p
-        (Holtzman et al. 2020, arXiv:1904.09751).
+        (Holtzman et al. 2020, arXiv:1904.09751), above 0; ties with the last of them stay too.
 
     Returns:
       `[N,V]` float32.
@@ -60,6 +60,8 @@ def sample(logits: Array, keys: Array) -> tuple[Array, Array]:
 
 def _inverse_transform(weights: Array, uniform: Array) -> Array:
     """`[N,M], [N] -> [N]` int32: index i with probability weights[i] / sum, never of weight 0."""
-    cumulative = jnp.cumsum(weights, axis=-1)
-    # Strictly greater: an entry of weight 0 does not raise the sum, so it is never the first.
-    return jnp.argmax(cumulative > uniform[:, None] * cumulative[:, -1:], axis=-1).astype(jnp.int32)
+    # A parallel sum rounds its prefixes differently, so that one may rise at an entry of weight 0:
+    # such entries take no part, and the total is a prefix that does.
+    cumulative = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+    drawn = uniform[:, None] * cumulative.max(-1, keepdims=True)
+    return jnp.argmax(cumulative > drawn, axis=-1).astype(jnp.int32)

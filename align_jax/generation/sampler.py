@@ -1,9 +1,8 @@
 """Sampling continuations: prefill, then one compiled decoding loop with a key-value cache.
 
 The cache has two parts: the prompt's keys and values, held once however many samples a prompt
-  gets, and
-each sample's own. Prompts are padded on the right to a length bucket; a sample's positions go on
-from its prompt's true length, so padding never shows.
+gets, and each sample's own. Prompts are padded on the right to a length bucket; a sample's
+positions go on from its prompt's true length, so padding never shows.
 """
 
 import functools
@@ -73,11 +72,14 @@ def generate(
       samples_per_prompt: the prompt is computed once for all of them.
 
     Raises:
-      ValueError: an empty prompt, a negative temperature, or more tokens than the model has
-        positions.
+      ValueError: an empty prompt, an option out of its range, another number of keys than of
+        prompts, or more tokens than the model has positions.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    _check(model, lengths, max_new_tokens, temperature)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # `jax.random.PRNGKey`'s plain integers
+    _check_prompts(model, lengths, key, max_new_tokens)
+    _check_options(temperature, top_k, top_p, samples_per_prompt)
     padded = np.zeros((len(prompts), prompt_bucket(int(lengths.max()))), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -107,11 +109,17 @@ def prompt_bucket(length: int) -> int:
     return bucket
 
 
-def _check(model, lengths, max_new_tokens, temperature):
-    if len(lengths) == 0 or lengths.min() == 0:
-        raise ValueError("generate: every prompt needs at least one token, and there must be one.")
-    if temperature < 0:
-        raise ValueError(f"generate: temperature must be at least 0, got {temperature}.")
+def _check_prompts(model, lengths, key, max_new_tokens):
+    if len(lengths) == 0:
+        raise ValueError("generate: there is no prompt.")
+    if lengths.min() == 0:
+        raise ValueError(
+            f"generate: prompt {lengths.argmin()} is empty; every prompt needs at least one token."
+        )
+    if key.shape not in ((), lengths.shape):
+        raise ValueError(
+            f"generate: {len(lengths)} prompt(s) need one key, or one each; got {key.shape} keys."
+        )
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}.")
     longest = int(lengths.max()) + max_new_tokens
@@ -120,6 +128,17 @@ def _check(model, lengths, max_new_tokens, temperature):
             f"generate: a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed "
             f"the model's context of {model.config.context_length} tokens; shorten one of them."
         )
+
+
+def _check_options(temperature, top_k, top_p, samples_per_prompt):
+    if temperature < 0:
+        raise ValueError(f"generate: temperature must be at least 0, got {temperature}.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k must be at least 1 (or None), got {top_k}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must be above 0 and at most 1, got {top_p}.")
+    if samples_per_prompt < 1:
+        raise ValueError(f"generate: samples_per_prompt must be at least 1: {samples_per_prompt}.")
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

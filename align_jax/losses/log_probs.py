@@ -2,8 +2,7 @@
 
 All log-probabilities are in nats and float32. `tokens` are the tokens whose probability is asked
 for: `logits[..., t, :]` is the distribution over `tokens[..., t]`, so a caller with next-token
-  logits shifts
-them first.
+logits shifts them first.
 """
 
 import functools
@@ -29,9 +28,9 @@ def token_log_probs(logits: Array, tokens: Array, *, temperature: float = 1.0) -
       TypeError: logits are not floats, or tokens not integers.
     """
     _check_types(logits=logits, tokens=tokens)
-    scaled = logits.astype(jnp.float32) / temperature
-    chosen = jnp.take_along_axis(scaled, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(scaled, axis=-1)
+    # Not as logit - logsumexp, which loses digits where logits are large (low temperatures).
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
+    return jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
 
 
 def sequence_log_probs(token_log_probs: Array, mask: Array, *, average: bool = False) -> Array:
@@ -88,7 +87,7 @@ def chunked_token_log_probs(
       hidden: `[B,T,D]` float; matrix products run in its dtype and accumulate in float32.
       unembedding: `[V,D]` float.
       tokens: `[B,T]` integer; the token each hidden state is to predict.
-      chunk_size: positions of a row per chunk.
+      chunk_size: positions of a row per chunk at most.
       temperature: divides the logits.
       logit_softcap: Gemma 2's soft cap (arXiv:2408.00118, section 2); None for none.
 
@@ -101,9 +100,10 @@ def chunked_token_log_probs(
     """
     _check_types(hidden=hidden, unembedding=unembedding, tokens=tokens)
     length = tokens.shape[1]
-    chunk_size = min(chunk_size, length)
-    padding = -length % chunk_size
-    # The cast stands outside the custom gradient so that the master weights get a float32 gradient.
+    # Chunks of equal size, so that the last one is not mostly padding.
+    chunks = -(-length // chunk_size)
+    chunk_size = -(-length // chunks)
+    padding = chunks * chunk_size - length
     log_probs, entropy = _chunked(
         _pad(hidden, padding),
         unembedding,
@@ -143,6 +143,7 @@ def _chunked(hidden, unembedding, tokens, chunk_size, temperature, cap):
 
 
 def _chunked_forward(hidden, unembedding, tokens, chunk_size, temperature, cap):
+    # The cast stands inside the custom gradient so that the master weights get a float32 gradient.
     w = unembedding.astype(hidden.dtype)
 
     def chunk(_, inputs):
@@ -150,8 +151,10 @@ def _chunked_forward(hidden, unembedding, tokens, chunk_size, temperature, cap):
         scaled = _project(h, w, temperature, cap)
         normalizer = jax.nn.logsumexp(scaled, axis=-1)
         chosen = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
-        mean = (jnp.exp(scaled - normalizer[..., None]) * scaled).sum(-1)
-        return None, (chosen - normalizer, normalizer - mean, normalizer)
+        # Not as normalizer - mean: those two cancel where logits are large.
+        log_p = scaled - normalizer[..., None]
+        entropy = -(jnp.exp(log_p) * log_p).sum(-1)
+        return None, (chosen - normalizer, entropy, normalizer)
 
     inputs = (_chunks(hidden, chunk_size), _chunks(tokens, chunk_size))
     _, (log_probs, entropy, normalizer) = jax.lax.scan(chunk, None, inputs)

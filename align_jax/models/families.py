@@ -74,7 +74,7 @@ TENSORS: dict[str, dict[str, TensorRule]] = {
         "blocks.attention.output": TensorRule(_LLAMA_LAYER + "self_attn.o_proj.weight", 2, True),
         "blocks.mlp.gate": TensorRule(_LLAMA_LAYER + "mlp.gate_proj.weight", 1, True),
         "blocks.mlp.up": TensorRule(_LLAMA_LAYER + "mlp.up_proj.weight", 1, True),
-        "blocks.mlp.down": TensorRule(_LLAMA_LAYER + "mlp.down_proj.weight", 1, True),
+        "blocks.mlp.down": TensorRule(_LLAMA_LAYER + "mlp.down_proj.weight"),
     },
     "gpt2": {
         "embedding": TensorRule("transformer.wte.weight"),
@@ -90,7 +90,7 @@ TENSORS: dict[str, dict[str, TensorRule]] = {
         "blocks.attention.output_bias": TensorRule(_GPT2_LAYER + "attn.c_proj.bias", 0),
         "blocks.mlp.up": TensorRule(_GPT2_LAYER + "mlp.c_fc.weight"),
         "blocks.mlp.up_bias": TensorRule(_GPT2_LAYER + "mlp.c_fc.bias", 0),
-        "blocks.mlp.down": TensorRule(_GPT2_LAYER + "mlp.c_proj.weight"),
+        "blocks.mlp.down": TensorRule(_GPT2_LAYER + "mlp.c_proj.weight", 1, True),
         "blocks.mlp.down_bias": TensorRule(_GPT2_LAYER + "mlp.c_proj.bias", 0),
         **{
             f"blocks.attention.{name}{bias}": TensorRule(

@@ -68,7 +68,7 @@ PARAMETER_DIMENSIONS: dict[str, tuple[str | None, ...]] = {
     "output_bias": ("embed",),
     "gate": ("embed", "mlp"),
     "up": ("embed", "mlp"),
-    "down": ("mlp", "embed"),
+    "down": ("embed", "mlp"),
     "up_bias": ("mlp",),
     "down_bias": ("embed",),
     "scale": ("embed",),
@@ -143,7 +143,8 @@ class MLP(nnx.Module):
         self.config = config
         self.gate = _normal(keys[0], c.hidden_size, c.mlp_size) if c.gated_mlp else None
         self.up = _normal(keys[1], c.hidden_size, c.mlp_size)
-        self.down = _normal(keys[2], c.mlp_size, c.hidden_size)
+        # Output first: see `_matmul_backward`, which here wants the cotangent in front.
+        self.down = _normal(keys[2], c.hidden_size, c.mlp_size)
         self.up_bias = nnx.Param(jnp.zeros(c.mlp_size)) if c.use_bias else None
         self.down_bias = nnx.Param(jnp.zeros(c.hidden_size)) if c.use_bias else None
 
@@ -154,7 +155,8 @@ class MLP(nnx.Module):
             up = activate(_linear(x, self.gate, None)) * up
         else:
             up = activate(up)
-        return _linear(up, self.down, self.down_bias)
+        y = jnp.einsum("btf,df->btd", up, self.down[...].astype(x.dtype))
+        return y if self.down_bias is None else y + self.down_bias[...].astype(x.dtype)
 
 
 class Block(nnx.Module):

@@ -37,14 +37,14 @@ def unflatten(tree: Any, leaves: dict[str, Any]) -> Any:
 
 
 class Checkpointer:
-    """Saves and restores train states under `directory`, keeping the newest `keep`.
+    """Saves and restores train states under `directory`, keeping the newest.
 
     Args:
       directory: `WORKDIR/checkpoints`.
-      keep: checkpoints to keep.
+      clean: remove what a killed run left half-written; only for the one process that saves.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 1):
+    def __init__(self, directory: Path, *, clean: bool = False):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
@@ -52,8 +52,9 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                preservation_policy=ocp.checkpoint_managers.LatestN(1),
                 enable_async_checkpointing=True,
+                cleanup_tmp_directories=clean,
             ),
             item_handlers={
                 "model": ocp.StandardCheckpointHandler(),
@@ -113,12 +114,14 @@ class Checkpointer:
         return self._manager.restore(step, args=args.Composite(**wanted))
 
     def _check(self, step: int, wanted: dict[str, Any], saved: Any) -> None:
+        different = sorted(wanted.keys() ^ saved.keys())
+        if different:
+            has = "has no" if different[0] in wanted else "also has"
+            raise RunError(
+                f"the checkpoint of step {step} in {self.directory} {has} {different[0]}: it "
+                "belongs to another model. Use the config it was made with, or another --workdir."
+            )
         for name, leaf in wanted.items():
-            if name not in saved:
-                raise RunError(
-                    f"the checkpoint of step {step} in {self.directory} has no {name}: it belongs "
-                    "to another model. Use the config it was made with, or another --workdir."
-                )
             if tuple(saved[name].shape) != tuple(leaf.shape):
                 raise RunError(
                     f"the checkpoint of step {step} in {self.directory} has {name} of shape "

@@ -116,10 +116,11 @@ def fit(
                 bar.update(1)
                 if step == num_steps or step % checkpoint_every == 0 or stop.received is not None:
                     save(state)
-                if stop.received is not None and step < num_steps:
-                    checkpointer.wait()
-                    raise Interrupted(stop.received, step)
+                if stop.received is not None:
+                    break
         finally:
             batches.close()
-    checkpointer.wait()
+        checkpointer.wait()
+        if stop.received is not None:
+            raise Interrupted(stop.received, int(state.step))
     return state

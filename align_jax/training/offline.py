@@ -23,6 +23,11 @@ from align_jax.training.metrics import MetricWriter, progress
 from align_jax.training.optimizer import make_optimizer, make_schedule
 from align_jax.training.step import LossFunction, init_state, make_train_step, place_batch
 
+_CHOICES = {
+    "compute_dtype": ("float32", "bfloat16", "float16"),
+    "remat": ("none", "linear", "full"),
+}
+
 # Values of one example that travel with its batch: per response, in the order of its responses.
 Attach = Callable[[Example], dict[str, np.ndarray]]
 
@@ -67,9 +72,22 @@ def default_run_config() -> ConfigDict:
     )
 
 
+def open_mesh(config: ConfigDict) -> Mesh:
+    """The config's mesh over all devices; `RunError` if its sizes do not fit them."""
+    try:
+        return make_mesh(**config.mesh)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
 def open_model(config: ConfigDict) -> tuple[Transformer, Mesh]:
     """The pretrained model of a config, on the config's mesh."""
-    mesh = make_mesh(**config.mesh)
+    for name, choices in _CHOICES.items():
+        if config[name] not in choices:
+            raise RunError(
+                f"config.{name} is {config[name]!r}; expected one of {', '.join(choices)}."
+            )
+    mesh = open_mesh(config)
     model = load_model(
         config.model, mesh=mesh, compute_dtype=config.compute_dtype, remat=config.remat
     )
@@ -98,7 +116,7 @@ def make_collate(
     parts = data.accumulation
 
     def collate(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        size = -(-len(examples) // parts)
+        size = len(examples) // parts
         groups = [examples[i : i + size] for i in range(0, len(examples), size)]
         lengths, targets = data.length_buckets, data.target_buckets
         build = lambda group: build_batch(  # noqa: E731
@@ -124,6 +142,48 @@ def make_collate(
     return collate
 
 
+def check(config: ConfigDict, directory: Path, model: Transformer, num_examples: int) -> int:
+    """The number of steps of a run; fails now for what would stop it after hours.
+
+    Raises:
+      RunError: sizes in the config that do not fit each other, the data or the model, an unknown
+        schedule, too little disk space for the checkpoints.
+    """
+    data = config.data
+    counts = {f"data.{name}": data[name] for name in ("batch_size", "accumulation")}
+    counts |= {name: config[name] for name in ("log_every", "checkpoint_every")}
+    for name, count in counts.items():
+        if count < 1:
+            raise RunError(f"config.{name} is {count}; expected at least 1.")
+    if data.batch_size % data.accumulation:
+        raise RunError(
+            f"config.data.batch_size = {data.batch_size} is no multiple of "
+            f"config.data.accumulation = {data.accumulation}."
+        )
+    if data.batch_size > num_examples:
+        raise RunError(
+            f"config.data.batch_size = {data.batch_size} is more than there are examples: "
+            f"{num_examples}."
+        )
+    if data.max_length > model.config.context_length:
+        raise RunError(
+            f"config.data.max_length = {data.max_length} is more than the model's context of "
+            f"{model.config.context_length} tokens."
+        )
+    num_steps = config.num_steps or round(config.num_epochs * num_examples / data.batch_size)
+    if num_steps < 1:
+        raise RunError(
+            f"config.num_epochs = {config.num_epochs} of {num_examples} examples is less than "
+            f"half a batch of config.data.batch_size = {data.batch_size}."
+        )
+    optimizer = make_optimizer(config.optimizer, num_steps)
+    state = jax.eval_shape(lambda m: (m, optimizer.init(m)), model)
+    # While one is written the one before is still there.
+    saved = [file for file in directory.glob("checkpoints/*") if file.name.isdigit()]
+    require_space(directory, state, copies=1 if saved else 2)
+    return num_steps
+
+
 def train(
     config: ConfigDict,
     directory: Path,
@@ -138,32 +198,16 @@ def train(
     """Trains `model` (consumed) on `examples` in a run directory, or goes on where it was stopped.
 
     Raises:
-      RunError: sizes in the config that do not fit, too little disk space, a loss that is not
-        finite.
+      RunError: see `check`; a checkpoint of another model; a loss that is not finite.
       Interrupted: see `fit`.
     """
     data = config.data
-    if data.batch_size % data.accumulation:
-        raise RunError(
-            f"config.data.batch_size = {data.batch_size} is no multiple of "
-            f"config.data.accumulation = {data.accumulation}."
-        )
+    num_steps = check(config, directory, model, len(examples))
     loader = Loader(
         examples, batch_size=data.batch_size, seed=config.seed, collate=make_collate(data, attach)
     )
-    num_steps = config.num_steps or round(config.num_epochs * len(examples) / data.batch_size)
-    if num_steps < 1:
-        raise RunError(
-            f"config.num_epochs = {config.num_epochs} of {len(examples)} examples is less than "
-            f"half a batch of config.data.batch_size = {data.batch_size}."
-        )
     optimizer = make_optimizer(config.optimizer, num_steps)
     state = init_state(model, optimizer, mesh)
-    require_space(directory, state, copies=2)
-    checkpointer = Checkpointer(directory / "checkpoints")
-    resumed = checkpointer.latest_step()
-    if resumed is not None:
-        state, _ = checkpointer.restore(state)
     train_step = make_train_step(
         loss_function,
         optimizer,
@@ -172,7 +216,11 @@ def train(
         mesh,
         accumulated=data.accumulation > 1,
     )
+    checkpointer = Checkpointer(directory / "checkpoints", clean=True)
     try:
+        resumed = checkpointer.latest_step()
+        if resumed is not None:
+            state, _ = checkpointer.restore(state)
         with MetricWriter(
             directory, resume_step=resumed, wandb_project=config.wandb_project or None
         ) as writer:

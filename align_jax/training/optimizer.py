@@ -11,10 +11,7 @@ NOT_DECAYED = ("scale", "bias")
 
 
 def default_optimizer_config(**overrides) -> ConfigDict:
-    """The fields `make_optimizer` reads; every experiment starts from these.
-
-    `eps` is 1e-5 as in Ziegler et al. 2019, whose small batches make the second moment noisy.
-    """
+    """The fields `make_optimizer` reads; every experiment starts from these."""
     config = ConfigDict(
         {
             "learning_rate": 1e-6,

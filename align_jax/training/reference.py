@@ -1,8 +1,10 @@
 """Log-probabilities under the reference model: computed once, kept on disk."""
 
+import dataclasses
+import functools
 import hashlib
+import io
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +15,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from align_jax.data.chat import Example
+from align_jax.distributed.partitioning import replicated
 from align_jax.models.transformer import Transformer
 from align_jax.training.checkpoint import flatten
 from align_jax.training.metrics import progress
 from align_jax.training.offline import make_collate
 from align_jax.training.scoring import sum_by_response, target_log_probs
 from align_jax.training.step import place_batch
+from align_jax.training.workdir import write_file
 
 Array = jax.Array
 
@@ -34,9 +38,9 @@ def reference_log_probs(
 ) -> np.ndarray:
     """Summed log-probability of every response under `model`: `[examples, responses]`, nats.
 
-    Cached under a key of the model's parameters and compute dtype and of every token and mask,
+    Cached under a key of the model's parameters and configuration and of every token and mask,
     hence of the lengths they were cut to: another model, data set or limit never meets a stale
-      file.
+    file.
     """
     file = cache_directory() / "reference" / f"{_key(model, examples)}.npy"
     if file.exists():
@@ -44,14 +48,9 @@ def reference_log_probs(
     values = compute_log_probs(model, mesh, examples, data)
     if jax.process_index() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as out:
-                np.save(out, values)
-            os.replace(temporary, file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        content = io.BytesIO()
+        np.save(content, values)
+        write_file(file, content.getvalue())
     return values
 
 
@@ -65,7 +64,7 @@ def compute_log_probs(
     collate = make_collate(ConfigDict(data.to_dict() | {"accumulation": 1}))
     out = np.zeros((len(examples), responses), np.float32)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def score(model, batch):
         log_probs, _ = target_log_probs(model, batch)
         return sum_by_response(log_probs, batch, data.batch_size * responses)
@@ -84,7 +83,8 @@ def compute_log_probs(
 
 
 def _key(model: Transformer, examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256(model.config.compute_dtype.encode())
+    config = dataclasses.replace(model.config, remat="none")  # changes no number
+    digest = hashlib.sha256(repr(config).encode())
     for name, value in sorted(flatten(_fingerprints(model)).items()):
         digest.update(f"{name} {np.asarray(value).tolist()}".encode())
     for example in examples:

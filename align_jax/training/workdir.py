@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,20 @@ from ml_collections import ConfigDict
 from align_jax.training.errors import RunError
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON beside `path`, then renames: a reader finds the old file or the new one."""
-    text = json.dumps(content, indent=2, sort_keys=False, default=_plain) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_file(path: Path, content: bytes) -> None:
+    """Writes beside `path`, then renames: a reader finds the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_file` of `content` as JSON; configs and arrays in it become objects and lists."""
+    text = json.dumps(content, indent=2, default=_plain) + "\n"
+    write_file(path, text.encode("utf-8"))
 
 
 def _plain(value: Any) -> Any:
@@ -48,8 +50,8 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim(wanted)
-        except PermissionError as error:
-            raise RunError(f"--workdir={self.path} cannot be written: {error.strerror}.") from error
+        except OSError as error:
+            raise RunError(f"--workdir={self.path} cannot be used: {error.strerror}.") from error
 
     def _claim(self, wanted: dict[str, Any]) -> None:
         file = self.path / "config.json"
@@ -63,7 +65,8 @@ class Workdir:
                     + (f"; and {len(different) - 4} more" if len(different) > 4 else "")
                     + ". Give another --workdir, or the config it was started with to continue it."
                 )
-        elif any(self.path.iterdir()):
+        # A run killed in its first moment leaves no more than a temporary config.json.
+        elif not all(file.name.startswith(".config.json.") for file in self.path.iterdir()):
             raise RunError(
                 f"--workdir={self.path} is not empty and holds no run (no config.json). Give an "
                 "empty or a new directory."

@@ -1,0 +1,148 @@
+"""DPO and its relatives: where they start, that they learn, and that every one of them runs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax.algorithms import preference
+from align_jax.algorithms.preference import LOSSES, attach_reference, make_loss
+from align_jax.data.chat import Example
+from align_jax.data.formats import DataError
+from align_jax.models.interchange import load_model, load_tokenizer
+from align_jax.training import offline
+from align_jax.training.checkpoint import flatten
+from align_jax.training.errors import RunError
+from align_jax.training.metrics import read_metrics
+from align_jax.training.reference import compute_log_probs
+from align_jax.training.workdir import Workdir
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def pairs(model):
+    """Eight pairs of builtin:tiny_preferences, with the model's own log-probabilities."""
+    data = offline.default_data_config(batch_size=8, limit=8)
+    examples = offline.load_examples(
+        data, "builtin:tiny_preferences", load_tokenizer("tiny"), kind="preference"
+    )
+    reference = compute_log_probs(model, offline.make_mesh(), examples, data)
+    batch = offline.make_collate(data, attach_reference(examples, reference))(examples)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def test_the_loss_is_log_2_before_the_first_update(tiny_config, model, pairs):
+    sums = make_loss(tiny_config("dpo", {}))(model, pairs)
+    assert float(sums.weight) == 8
+    assert abs(float(sums.loss) / 8 - math.log(2)) < 1e-6
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert abs(float(sums.metrics[name])) < 1e-4, name
+
+
+def test_sums_are_those_of_the_formula(tiny_config, model, pairs):
+    rng = np.random.default_rng(0)
+    reference = np.asarray(pairs["reference_log_probs"]) + rng.normal(0, 4, 16).astype(np.float32)
+    batch = pairs | {"reference_log_probs": jnp.asarray(reference)}
+    sums = make_loss(tiny_config("dpo", {"beta": 0.3}))(model, batch)
+    log_probs = np.asarray(pairs["reference_log_probs"], np.float64)
+    rewards = (0.3 * (log_probs - reference)).reshape(8, 2)
+    margins = rewards[:, 0] - rewards[:, 1]
+    np.testing.assert_allclose(sums.loss, np.log1p(np.exp(-margins)).sum(), rtol=1e-4)
+    expected = {
+        "rewards/chosen": rewards[:, 0].sum(),
+        "rewards/rejected": rewards[:, 1].sum(),
+        "rewards/margins": margins.sum(),
+        "rewards/accuracies": (margins > 0).sum(),
+        "logps/chosen": log_probs[0::2].sum(),
+        "logps/rejected": log_probs[1::2].sum(),
+    }
+    assert sums.metrics.keys() == expected.keys() and 0 < expected["rewards/accuracies"] < 8
+    for name, value in expected.items():
+        np.testing.assert_allclose(sums.metrics[name], value, rtol=1e-4, atol=1e-3, err_msg=name)
+
+
+def test_a_run_starts_at_log_2_learns_and_evaluates(tiny_config, tmp_path):
+    config = tiny_config(
+        "dpo",
+        {
+            "num_steps": 60,
+            "data.batch_size": 16,
+            "data.eval_source": "builtin:tiny_preferences",
+            "optimizer.learning_rate": 3e-3,
+        },
+    )
+    workdir = Workdir(tmp_path / "run", config)
+    summary = preference.run(config, workdir)
+    rows = read_metrics(workdir.path)
+    assert len(rows) == 60
+    assert abs(rows[0]["loss"] - math.log(2)) < 1e-6
+    assert rows[0]["rewards/accuracies"] <= 0.5
+    last = {name: np.mean([row[name] for row in rows[-8:]]) for name in rows[0]}
+    assert last["rewards/accuracies"] > 0.9
+    assert last["rewards/margins"] > 0.5
+    assert last["loss"] < 0.5
+    assert summary["eval"]["rewards/accuracies"] > 0.9
+    # The command `evaluate` gives the same numbers from what was saved.
+    again = preference.evaluate(config, workdir)
+    assert again["eval"] == pytest.approx(summary["eval"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_takes_a_step_that_lowers_it(tiny_config, model, pairs, name):
+    loss = make_loss(tiny_config("dpo", {"loss": name}))
+
+    def value(model):
+        sums = loss(model, pairs)
+        return sums.loss / sums.weight
+
+    before, gradient = jax.jit(jax.value_and_grad(value))(model)
+    size = math.sqrt(sum(float(jnp.square(g).sum()) for g in flatten(gradient).values()))
+    assert size > 1e-4
+    moved = jax.tree.map(lambda p, g: p - 1e-3 / size * g, model, gradient)
+    after = jax.jit(value)(moved)
+    assert np.isfinite(after) and after < before
+
+
+def test_an_unknown_loss_is_refused_before_anything_is_read(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(preference, "load_tokenizer", pytest.fail)
+    config = tiny_config("dpo", {"loss": "dpoo"})
+    with pytest.raises(RunError, match="config.loss is 'dpoo'; expected one of .*'dpo'"):
+        preference.run(config, Workdir(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data.accumulation": 3}, "batch_size = 8 is no multiple of config.data.accumulation = 3"),
+        ({"data.accumulation": 0}, "config.data.accumulation is 0; expected at least 1"),
+        ({"data.batch_size": 500}, "batch_size = 500 is more than there are examples: 128"),
+        ({"data.max_length": 600}, "max_length = 600 is more than the model's context of 512"),
+        ({"num_epochs": 0.01}, "config.num_epochs = 0.01 of 128 examples is less than half"),
+        ({"log_every": 0}, "config.log_every is 0"),
+        ({"checkpoint_every": 0}, "config.checkpoint_every is 0"),
+        ({"optimizer.schedule": "cosin"}, "config.optimizer.schedule is 'cosin'"),
+        ({"remat": "some"}, "config.remat is 'some'; expected one of none, linear, full"),
+        ({"compute_dtype": "fp8"}, "config.compute_dtype is 'fp8'; expected one of float32"),
+        ({"mesh.tensor": 7}, "mesh.* does not fit"),
+        ({"data.eval_source": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+    ],
+)
+def test_what_would_stop_the_run_later_stops_it_before_any_compute(
+    tiny_config, tmp_path, monkeypatch, overrides, message
+):
+    monkeypatch.setattr(preference, "reference_log_probs", pytest.fail)
+    config = tiny_config("dpo", overrides)
+    with pytest.raises((RunError, DataError), match=message):
+        preference.run(config, Workdir(tmp_path, config))
+
+
+def test_references_travel_by_example_and_not_by_place():
+    examples = [Example(id, None, (), (), {}) for id in (7, 3)]
+    attach = attach_reference(examples, np.array([[-1.0, -2.0], [-3.0, -4.0]]))
+    np.testing.assert_array_equal(attach(examples[1])["reference_log_probs"], [-3.0, -4.0])

@@ -1,0 +1,68 @@
+"""Supervised fine-tuning: its loss by brute force, and that it learns all there is to learn."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax.algorithms import sft
+from align_jax.data.builtin import load_builtin
+from align_jax.data.formats import DataError
+from align_jax.losses.log_probs import token_log_probs
+from align_jax.models.interchange import load_model, load_tokenizer
+from align_jax.training import offline
+from align_jax.training.metrics import read_metrics
+from align_jax.training.workdir import Workdir
+
+
+def test_the_loss_is_the_mean_over_all_response_tokens(tiny_config):
+    config = tiny_config("sft", {"data.limit": 6})
+    tokenizer = load_tokenizer("tiny")
+    examples = offline.load_examples(config.data, config.data.source, tokenizer, kind="sft")
+    batch = offline.make_collate(config.data)(examples)
+    model = load_model("tiny")
+    sums = sft.loss_sums(model, {name: jnp.asarray(x) for name, x in batch.items()})
+
+    losses, entropies = [], []
+    for record in load_builtin("tiny_sft")[:6]:
+        prompt = tokenizer(record["prompt"]).input_ids
+        response = [*tokenizer(record["completion"]).input_ids, tokenizer.eos_token_id]
+        tokens = np.array([[*prompt, *response]])
+        logits = model.logits(model(tokens))[0, len(prompt) - 1 : -1]
+        losses += (-token_log_probs(logits, np.array(response))).tolist()
+        log_p = np.asarray(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+        entropies += (-(np.exp(log_p) * log_p).sum(-1)).tolist()
+    assert float(sums.weight) == len(losses)
+    np.testing.assert_allclose(sums.loss / sums.weight, np.mean(losses), rtol=1e-5)
+    entropy = sums.metrics["policy/entropy_avg"] / sums.weight
+    np.testing.assert_allclose(entropy, np.mean(entropies), rtol=1e-5)
+    # An untrained model knows nothing: 264 tokens, equally likely.
+    assert abs(np.mean(losses) - math.log(264)) < 0.2
+
+
+def test_it_learns_what_there_is_to_learn_and_evaluates(tiny_config, tmp_path):
+    config = tiny_config(
+        "sft",
+        {
+            "num_steps": 250,
+            "data.batch_size": 16,
+            "data.eval_source": "builtin:tiny_sft",
+            "optimizer.learning_rate": 1e-2,
+        },
+    )
+    workdir = Workdir(tmp_path / "run", config)
+    summary = sft.run(config, workdir)
+    rows = read_metrics(workdir.path)
+    assert rows[0]["loss"] > 5
+    # The response follows from the prompt: nothing is left to learn at 0.
+    assert summary["eval"]["loss"] < 0.25
+    assert summary["eval"]["perplexity"] == pytest.approx(math.exp(summary["eval"]["loss"]))
+    assert sft.evaluate(config, workdir)["eval"] == pytest.approx(summary["eval"], rel=1e-5)
+
+
+def test_a_wrong_held_out_source_is_found_before_training(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(offline, "open_model", pytest.fail)
+    config = tiny_config("sft", {"data.eval_source": "nowhere.jsonl"})
+    with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
+        sft.run(config, Workdir(tmp_path, config))

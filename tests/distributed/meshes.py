@@ -1,0 +1,135 @@
+"""Run by test_meshes.py under eight forced CPU devices: DPO steps and sampling on three meshes."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from align_jax.algorithms import preference
+from align_jax.config import load_config
+from align_jax.distributed import mesh as meshes
+from align_jax.generation import generate
+from align_jax.models.interchange import load_model, load_tokenizer
+from align_jax.training import offline
+from align_jax.training.checkpoint import flatten
+from align_jax.training.metrics import read_metrics
+from align_jax.training.optimizer import make_optimizer, make_schedule
+from align_jax.training.reference import compute_log_probs
+from align_jax.training.step import init_state, make_train_step, place_batch
+
+CONFIG = pathlib.Path(__file__).parents[2] / "experiments" / "dpo.py"
+
+# (data, fsdp, tensor) -> a device's share of parameters of `tiny` (V 264, D 32, H 4, K 2, d 8).
+MESHES = {
+    (1, 8, 1): {"embedding": (264, 4), "query": (2, 4, 4, 8), "up": (2, 4, 64)},
+    (2, 2, 2): {"embedding": (132, 16), "query": (2, 16, 2, 8), "up": (2, 16, 32)},
+}
+
+
+def config():
+    overrides = ["num_steps=5", "data.batch_size=16", "data.accumulation=2", "data.limit=64"]
+    overrides += ["optimizer.weight_decay=0.1", "remat=linear"]
+    return load_config(f"{CONFIG}:scale=tiny", [f"--config.{item}" for item in overrides])
+
+
+def check_shares(state, shares):
+    """Parameters and moments are really split: every device holds its share and no more."""
+    parameters, moments = flatten(state.model), flatten(state.optimizer)
+    for name, share in shares.items():
+        (full,) = [n for n in parameters if n.rsplit(".", 1)[-1] == name]
+        ours = [parameters[full], *(moments[n] for n in moments if n.endswith(f".{full}"))]
+        assert len(ours) == 3
+        for leaf in ours:
+            found = {shard.data.shape for shard in leaf.addressable_shards}
+            assert found == {share}, (full, found)
+            assert len(leaf.sharding.device_set) == 8
+
+
+def steps(mesh, shares):
+    """Five steps by the trainer's own parts: metrics, and greedy tokens of what came out."""
+    c = config()
+    tokenizer = load_tokenizer("tiny")
+    examples = offline.load_examples(c.data, c.data.source, tokenizer, kind="preference")
+    model = load_model("tiny", mesh=mesh, remat=c.remat)
+    reference = compute_log_probs(model, mesh, examples, c.data)
+    collate = offline.make_collate(c.data, preference.attach_reference(examples, reference))
+    optimizer = make_optimizer(c.optimizer, c.num_steps)
+    state = init_state(model, optimizer, mesh)
+    schedule = make_schedule(c.optimizer, c.num_steps)
+    step = make_train_step(
+        preference.make_loss(c), optimizer, schedule, state, mesh, accumulated=True
+    )
+    rows = []
+    with jax.set_mesh(mesh):
+        for number in range(c.num_steps):
+            check_shares(state, shares)
+            batch = collate(examples[16 * (number % 4) :][:16])
+            placed = place_batch(batch, mesh, accumulated=True)
+            tokens = placed["tokens"]
+            if mesh.size > 1:
+                assert tokens.addressable_shards[0].data.shape[1] == tokens.shape[1] // (
+                    mesh.shape["data"] * mesh.shape["fsdp"]
+                )
+            state, metrics = step(state, placed)
+            rows.append({name: float(value) for name, value in metrics.items()})
+        check_shares(state, shares)
+        prompts = [example.prompt.tolist() for example in examples[:8]]
+        drawn = generate(
+            state.model, prompts, key=jax.random.key(0), max_new_tokens=12, temperature=0.0
+        )
+    assert step._cache_size() == 1
+    return reference, rows, np.asarray(drawn.tokens)
+
+
+def through_train(directory, sizes):
+    """The metrics of `offline.train` on the config's mesh."""
+    c = config()
+    c.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    examples = offline.load_examples(
+        c.data, c.data.source, load_tokenizer("tiny"), kind="preference"
+    )
+    model, mesh = offline.open_model(c)
+    reference = compute_log_probs(model, mesh, examples, c.data)
+    attach = preference.attach_reference(examples, reference)
+    loss = preference.make_loss(c)
+    directory.mkdir()
+    offline.train(c, directory, model, mesh, examples, loss, attach=attach, description="DPO")
+    # What eight devices saved, eight devices laid out otherwise read.
+    other = offline.restored_model(c, directory, meshes.make_mesh(fsdp=4, tensor=2))
+    again = offline.restored_model(c, directory, mesh)
+    for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    return read_metrics(directory)
+
+
+def compare(name, found, expected):
+    for row, wanted in zip(found, expected, strict=True):
+        for key in ("loss", "grad_norm"):
+            difference = abs(row[key] - wanted[key])
+            assert difference < 1e-5, (name, key, row[key], wanted[key])
+
+
+def main(scratch: pathlib.Path) -> None:
+    assert jax.device_count() == 8
+    single = jax.sharding.Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), ("data", "fsdp", "tensor", "context")
+    )
+    reference, rows, tokens = steps(single, {})
+    assert abs(rows[0]["loss"] - np.log(2)) < 1e-6 and rows[-1]["loss"] < rows[0]["loss"]
+    losses = {}
+    for sizes, shares in MESHES.items():
+        mesh = meshes.make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+        sharded_reference, sharded, sharded_tokens = steps(mesh, shares)
+        np.testing.assert_allclose(sharded_reference, reference, atol=1e-4)
+        compare(sizes, sharded, rows)
+        np.testing.assert_array_equal(sharded_tokens, tokens)
+    losses = through_train(scratch / "run", (2, 2, 2))
+    assert [row["step"] for row in losses] == [1, 2, 3, 4, 5]
+    assert abs(losses[0]["loss"] - np.log(2)) < 1e-6
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,350 @@
+"""Loss functions for `make_train_step`: the library's losses under exact expectations."""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.lax import stop_gradient
+from ml_collections import ConfigDict
+
+from align_jax import losses
+from align_jax.algorithms import preference
+from align_jax.losses import policy_gradient as pg
+from align_jax.models.heads import ScalarModel
+from align_jax.models.transformer import Transformer
+from align_jax.training.scoring import sum_by_response, target_log_probs
+from align_jax.training.step import Batch, LossFunction, LossSums
+from tests.exact.fixed_points import PairLoss, label_weights, win_rates
+from tests.exact.language import World, action_values, bradley_terry, expectation
+from tests.exact.training import (
+    all_pairs,
+    enumeration,
+    log_probs_of,
+    mean,
+    pair_batch,
+    policy_of,
+)
+
+
+# Preferences.
+
+
+def preference_batch(world: World, flip_rate: float = 0.0) -> Batch:
+    """All ordered pairs, each weighted by the probability of its label."""
+    pairs = all_pairs(world.language)
+    p, chosen, rejected = pairs.T
+    batch = pair_batch(world.language, pairs, label_weights(world, flip_rate)[p, chosen, rejected])
+    reference = np.stack([world.reference[p, chosen], world.reference[p, rejected]], 1)
+    lengths = world.language.lengths[pairs[:, 1:]]
+    return batch | {
+        "reference_log_probs": reference.ravel().astype(np.float32),
+        "lengths": lengths.ravel().astype(np.float32),
+    }
+
+
+def trainer_loss(name: str, beta: float, **fixed: float) -> LossFunction:
+    """`algorithms.preference.make_loss`; `fixed` binds a hyperparameter it has no config key for."""
+    bound = {name: functools.partial(preference.LOSSES[name], **fixed)}
+    with mock.patch.dict(preference.LOSSES, bound):
+        return preference.make_loss(ConfigDict({"loss": name, "beta": beta}))
+
+
+def paired(pair_loss: PairLoss) -> LossFunction:
+    """The same pieces around a loss that is none of `algorithms.preference.LOSSES`."""
+
+    def loss_sums(model: Transformer, batch: Batch) -> LossSums:
+        reference, lengths, weight = (
+            batch[name] for name in ("reference_log_probs", "lengths", "weight")
+        )
+        token_log_probs, _ = target_log_probs(model, batch)
+        log_probs = sum_by_response(token_log_probs, batch, reference.shape[0])
+        arguments = [x[k::2] for x in (log_probs, reference, lengths) for k in (0, 1)]
+        return LossSums((weight * pair_loss(*arguments)).sum(), weight.sum(), {})
+
+    return loss_sums
+
+
+def kto_batch(world: World) -> Batch:
+    return policy_batch(world) | {"desirable": win_rates(world).ravel().astype(np.float32)}
+
+
+def kto(world: World) -> LossFunction:
+    """Every response equally often, desirable as often as it beats a uniform other one."""
+
+    def loss_sums(model, batch):
+        log_probs, reference = log_probs_of(model, batch), batch["sequence_reference"]
+        ratios = (log_probs - reference).reshape(world.reward.shape)
+        kl = (jnp.exp(log_probs).reshape(ratios.shape) * ratios).sum(-1)
+        kl = jnp.repeat(kl, ratios.shape[1])
+        labelled = [
+            losses.preference.kto_loss(
+                log_probs, reference, jnp.full(log_probs.shape, label), kl, beta=world.beta
+            )
+            for label in (True, False)
+        ]
+        wins = batch["desirable"]
+        return mean((wins * labelled[0] + (1 - wins) * labelled[1]) / len(world.reward))
+
+    return loss_sums
+
+
+# Policy gradients.
+
+
+def policy_batch(world: World) -> Batch:
+    """The enumeration with each response's reward and the reference's log-probabilities."""
+    batch = enumeration(world.language)
+    return batch | {
+        "reward": world.reward.ravel().astype(np.float32),
+        "sequence_reference": world.reference.ravel().astype(np.float32),
+        "reference": token_log_probs(world, world.reference),
+        "kl_coefficient": np.array([world.beta], np.float32),
+    }
+
+
+def token_log_probs(world: World, policy: np.ndarray) -> np.ndarray:
+    """`[P N, max_length]` log-probability of each symbol, 0 past the end."""
+    from tests.exact.language import token_policy
+
+    prefix, symbol, mask = world.language.choices
+    tokens = token_policy(world.language, policy)[:, prefix, symbol]
+    return np.where(mask, tokens, 0.0).reshape(-1, mask.shape[1]).astype(np.float32)
+
+
+def reinforce(model: Transformer, batch: Batch) -> LossSums:
+    """E_pi of REINFORCE with the KL in the reward: reward to go, every symbol its own advantage."""
+    log_probs, _ = target_log_probs(model, batch)
+    mask = batch["target_mask"]
+    rewards = pg.kl_shaped_rewards(
+        batch["reward"],
+        stop_gradient(log_probs),
+        batch["reference"],
+        mask,
+        kl_coefficient=batch["kl_coefficient"][0],
+    )
+    returns, _ = pg.gae(rewards, jnp.zeros_like(rewards), mask, lambda_=1.0)
+    total = losses.log_probs.sequence_log_probs(log_probs, mask)
+    token_losses = jnp.where(mask > 0, pg.reinforce_loss(log_probs, returns), 0.0)
+    return mean(stop_gradient(jnp.exp(total)) * token_losses.sum(-1))
+
+
+def ppo(model: Transformer, batch: Batch) -> LossSums:
+    """E under the old policy of PPO's clipped loss; `ppo_refresh` renews what is old."""
+    log_probs, _ = target_log_probs(model, batch)
+    mask = batch["target_mask"]
+    token_losses = pg.ppo_clip_loss(log_probs, batch["old_log_probs"], batch["advantages"])
+    weight = jnp.exp(losses.log_probs.sequence_log_probs(batch["old_log_probs"], mask))
+    return mean(weight * jnp.where(mask > 0, token_losses, 0.0).sum(-1))
+
+
+def ppo_refresh(world: World, every: int, *, lambda_: float = 0.95):
+    """Old log-probabilities, and GAE advantages with the exact value function, each `every` steps.
+
+    V(s) = E_pi[r - beta log-ratio of what follows s | s], by enumeration.
+    """
+    mask = world.language.choices[2]
+    flat_mask = np.tile(mask, (len(world.reward), 1))
+
+    def refresh(step: int, model: Transformer):
+        if step % every:
+            return None
+        policy = policy_of(model, world.language)
+        old = token_log_probs(world, policy)
+        reference = token_log_probs(world, world.reference)
+        rewards = pg.kl_shaped_rewards(
+            world.reward.ravel().astype(np.float32),
+            old,
+            reference,
+            flat_mask,
+            kl_coefficient=world.beta,
+        )
+        values = exact_values(world, policy).reshape(flat_mask.shape).astype(np.float32)
+        advantages, _ = pg.gae(rewards, values, flat_mask, lambda_=lambda_)
+        return {"old_log_probs": jnp.asarray(old), "advantages": advantages}
+
+    return refresh
+
+
+def exact_values(world: World, policy: np.ndarray) -> np.ndarray:
+    """`[P,N,max_length]` value of the prefix before each symbol under KL-shaped rewards."""
+    language = world.language
+    prefix, symbol, mask = language.choices
+    spent = world.beta * (token_log_probs(world, policy) - token_log_probs(world, world.reference))
+    spent = spent.astype(np.float64).reshape(*policy.shape, -1)
+    whole = action_values(language, policy, world.reward - spent.sum(-1))
+    from tests.exact.language import token_policy
+
+    tokens = np.exp(token_policy(language, policy))
+    state = (tokens * whole).sum(-1)[:, prefix]
+    return np.where(mask, state + np.cumsum(spent, -1) - spent, 0.0)
+
+
+def group_of_two(
+    world: World,
+    advantage,
+    *,
+    kl_estimator: str | None = None,
+    aggregation: str = "dr_grpo",
+) -> LossFunction:
+    """E over groups of two completions, all N^2 of them, of a group-relative loss.
+
+    `advantage` maps rewards `[...,2]` to advantages. The KL is in the reward, or with
+    `kl_estimator` in the loss, token by token.
+    """
+    shape = world.reward.shape
+    max_length = world.language.max_length
+
+    def loss_sums(model: Transformer, batch: Batch) -> LossSums:
+        log_probs, _ = target_log_probs(model, batch)
+        mask = batch["target_mask"]
+        total = losses.log_probs.sequence_log_probs(log_probs, mask)
+        weight = stop_gradient(jnp.exp(total)).reshape(shape)
+        rewards = batch["reward"].reshape(shape)
+        if kl_estimator is None:
+            ratio = stop_gradient(total) - batch["sequence_reference"]
+            rewards = rewards - world.beta * ratio.reshape(shape)
+        groups = jnp.stack(jnp.broadcast_arrays(rewards[:, :, None], rewards[:, None, :]), -1)
+        # Both places of a group have the same law: the mean over the first one's partner.
+        advantages = (advantage(groups)[..., 0] * weight[:, None, :]).sum(-1)
+        token_losses = pg.ppo_clip_loss(
+            log_probs, stop_gradient(log_probs), advantages.reshape(-1, 1)
+        )
+        if kl_estimator is not None:
+            penalty = pg.kl_estimate(log_probs, batch["reference"], estimator=kl_estimator)
+            token_losses = token_losses + world.beta * penalty
+        per_sequence = pg.aggregate_token_losses(
+            token_losses, mask, method=aggregation, max_length=max_length
+        )
+        return mean(weight.ravel() * per_sequence)
+
+    return loss_sums
+
+
+def self_play(world: World, preferences: np.ndarray) -> LossFunction:
+    """SPO: REINFORCE on the preference against another sample of the same policy, all N^2 pairs."""
+    shape = world.reward.shape
+    matrix = jnp.asarray(preferences, jnp.float32)
+    # Groups of two: [N, N, 2, 2], so that the library's own reward is what is enumerated.
+    groups = jnp.stack(
+        [
+            jnp.stack([jnp.full_like(matrix, 0.5), matrix], -1),
+            jnp.stack([matrix.T, jnp.full_like(matrix, 0.5)], -1),
+        ],
+        -2,
+    )
+    rewards = pg.spo_rewards(groups)[..., 0]
+
+    def loss_sums(model: Transformer, batch: Batch) -> LossSums:
+        log_probs = log_probs_of(model, batch).reshape(shape)
+        weight = stop_gradient(jnp.exp(log_probs))
+        advantages = (rewards[None] * weight[:, None, :]).sum(-1) - 0.5
+        return mean(weight * pg.reinforce_loss(log_probs, advantages))
+
+    return loss_sums
+
+
+def entropy(world: World, policy: np.ndarray) -> np.ndarray:
+    return -expectation(policy, policy)
+
+
+# Distillation.
+
+
+def distil(world: World, k: int) -> LossFunction:
+    """E over the reference's own strings of the top-k loss, the reference being the teacher."""
+
+    def loss_sums(model: Transformer, batch: Batch) -> LossSums:
+        hidden = model(batch["tokens"], positions=batch["positions"])
+        hidden = jnp.take_along_axis(hidden, batch["predict_from"][..., None], axis=1)
+        top = jax.lax.top_k(batch["teacher"].reshape(*hidden.shape[:2], -1), k)
+        token_losses = losses.distillation.top_k_kl_loss(model.logits(hidden), *top)
+        weight = jnp.exp(batch["sequence_reference"])
+        return mean(weight * (token_losses * batch["target_mask"]).sum(-1))
+
+    return loss_sums
+
+
+# Reward models.
+
+
+class RewardTable(nnx.Module):
+    """One free reward per response."""
+
+    def __init__(self, size: int):
+        self.bias = nnx.Param(jnp.zeros(size))
+
+
+def scores(model: RewardTable | ScalarModel, batch: Batch) -> jax.Array:
+    """`[P N]` rewards: of a `ScalarModel`, the scalar at a response's last symbol."""
+    if isinstance(model, RewardTable):
+        return model.bias[...]
+    scalars = model(batch["tokens"], positions=batch["positions"])
+    return jnp.take_along_axis(scalars, batch["last"][:, None], axis=1)[:, 0]
+
+
+def reward_model(set_loss) -> LossFunction:
+    """Expected `set_loss(rewards [M,K], batch)` of sets of K responses to one prompt."""
+
+    def loss_sums(model, batch: Batch) -> LossSums:
+        values = set_loss(scores(model, batch)[batch["sets"]], batch)
+        return mean(batch["weight"] * values)
+
+    return loss_sums
+
+
+def reward_batch(world: World) -> Batch:
+    batch = enumeration(world.language)
+    real = batch["segment_ids"] > 0
+    return batch | {"last": (real.sum(-1) - 1).astype(np.int32)}
+
+
+def pair_sets(world: World, handicap: np.ndarray | float = 0.0) -> Batch:
+    """Ordered pairs; `handicap` `[P,N,N]`, antisymmetric, is what the first response must lead by.
+
+    Then P(i wins) = sigmoid(r_i - r_j - handicap_ij).
+    """
+    pairs = all_pairs(world.language)
+    p, i, j = pairs.T
+    handicap = np.broadcast_to(handicap, bradley_terry(world.reward).shape)[p, i, j]
+    lead = world.reward[p, i] - world.reward[p, j] - handicap
+    n = world.reward.shape[1]
+    return {
+        "sets": (pairs[:, 1:] + n * p[:, None]).astype(np.int32),
+        "weight": (1 / (1 + np.exp(-lead)) / len(pairs)).astype(np.float32),
+        "margin": handicap.astype(np.float32),
+    }
+
+
+def ranked_sets(world: World, size: int, *, whole: bool, seed: int = 0) -> Batch:
+    """Random sets of `size`, one for every place of every response, with every outcome.
+
+    The law is Plackett-Luce; an outcome is a whole order, or (`whole` false) who came first.
+    `sets` are in order of rank.
+    """
+    import itertools
+
+    rng = np.random.default_rng(seed)
+    count, n = world.reward.shape
+    rows, weights = [], []
+    orders = list(itertools.permutations(range(size)))
+    if not whole:
+        orders = [(k, *(i for i in range(size) if i != k)) for k in range(size)]
+    for p in range(count):
+        for start in [rng.permutation(n) for _ in range(4)]:
+            for shift in range(n):
+                members = np.roll(start, shift)[:size]
+                for order in orders:
+                    ranked = members[list(order)]
+                    r = world.reward[p, ranked]
+                    log_p = sum(
+                        r[k] - np.logaddexp.reduce(r[k:]) for k in range(size if whole else 1)
+                    )
+                    rows.append(ranked + n * p)
+                    weights.append(np.exp(log_p))
+    return {
+        "sets": np.array(rows, np.int32),
+        "weight": (np.array(weights) / np.sum(weights)).astype(np.float32),
+    }

@@ -1,0 +1,263 @@
+"""Every method with what it should converge to, for the tests and for the table."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from align_jax.losses import policy_gradient as pg
+from align_jax.losses import preference
+from align_jax.models.transformer import Transformer
+from align_jax.training.step import Batch, LossFunction
+from tests.exact import fixed_points, losses
+from tests.exact.fixed_points import pair_minimizer
+from tests.exact.language import Array, World, normalized
+from tests.exact.training import Batches, Run, policy_of, random_transformer, trained
+
+FLIP_RATE = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train, and the law it should end with.
+
+    Attributes:
+      claim: what the paper says it converges to.
+      limit: what it converges to here, in words.
+      build: world -> loss, batch, refresh.
+      law: world -> `[P,N]` that law; None where there is none to compare with.
+    """
+
+    name: str
+    claim: str
+    limit: str
+    build: Callable[[World], tuple[LossFunction, Batch, Batches | None]]
+    law: Callable[[World], Array] | None
+    run: Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Landing:
+    policy: Array
+    law: Array | None
+
+
+def land(method: Method, world: World, *, seed: int = 0, start: Transformer | None = None):
+    loss, batch, refresh = method.build(world)
+    start = start or random_transformer(seed)
+    model = trained(loss, start, batch, method.run, refresh)
+    law = method.law(world) if method.law else None
+    return Landing(policy_of(model, world.language), law)
+
+
+def optimum(world: World) -> Array:
+    return world.optimum
+
+
+OPTIMUM = "the optimum"
+COMPARISONS = Run(steps=300, learning_rate=1e-3)
+SLOW_COMPARISONS = Run(steps=1500, learning_rate=1e-3)
+GRADIENTS = Run(steps=700, learning_rate=1e-3)
+
+
+def _trainer(name: str, *, flip_rate: float = 0.0, **fixed: float):
+    return lambda world: (
+        losses.trainer_loss(name, world.beta, **fixed),
+        losses.preference_batch(world, flip_rate),
+        None,
+    )
+
+
+def _library(name: str, **fixed: float):
+    """The pair loss `name` of the library for `pair_minimizer`, which passes lengths too."""
+    function = getattr(preference, name)
+    return lambda world: lambda *a: function(*a[:4], beta=world.beta, **fixed)
+
+
+def _minimized(make_loss, *, flip_rate: float = 0.0):
+    return lambda world: pair_minimizer(world, make_loss(world), flip_rate)
+
+
+def _paired(make_loss):
+    return lambda world: (losses.paired(make_loss(world)), losses.preference_batch(world), None)
+
+
+def per_token(world: World) -> float:
+    """beta on nats per symbol: `world.beta` for the longest responses, more for shorter ones."""
+    return world.beta * world.language.max_length
+
+
+def _simpo(gamma: float):
+    def make(world):
+        return lambda c, r, rc, rr, lc, lr: preference.simpo_loss(
+            c / lc, r / lr, beta=per_token(world), gamma=gamma
+        )
+
+    return make
+
+
+def _cpo(world):
+    return lambda c, r, rc, rr, lc, lr: preference.cpo_loss(c, r, beta=world.beta)
+
+
+def _normalized_dpo(world):
+    return lambda c, r, rc, rr, lc, lr: preference.length_normalized_dpo_loss(
+        c, r, rc, rr, lc, lr, beta=per_token(world)
+    )
+
+
+def _f_dpo(divergence: str):
+    def make(world):
+        return lambda *a: preference.f_dpo_loss(*a[:4], divergence=divergence, beta=world.beta)
+
+    return make
+
+
+def _slic(world):
+    # All pairs come equally often, so that this sums to minus E_ref log pi.
+    half = world.reward.shape[1] / 2
+
+    def loss(c, r, rc, rr, lc, lr):
+        likelihood = half * (jnp.exp(rc) * c + jnp.exp(rr) * r)
+        return preference.slic_loss(c, r, delta=1.0) - likelihood
+
+    return loss
+
+
+def _orpo(world):
+    def loss(c, r, rc, rr, lc, lr):
+        return preference.orpo_loss(c / lc, r / lr) - c / lc
+
+    return loss
+
+
+PREFERENCE = [
+    Method("DPO", OPTIMUM, OPTIMUM, _trainer("dpo"), optimum, COMPARISONS),
+    Method(
+        "DPO, 20% of labels flipped", "-", "nearest to flipped labels",
+        _trainer("dpo", flip_rate=FLIP_RATE),
+        _minimized(_library("dpo_loss"), flip_rate=FLIP_RATE), COMPARISONS,
+    ),
+    Method(
+        "conservative DPO, 20% flipped", "-", "flips counted twice, not undone",
+        _trainer("dpo", flip_rate=FLIP_RATE, label_smoothing=FLIP_RATE),
+        _minimized(_library("dpo_loss", label_smoothing=FLIP_RATE), flip_rate=FLIP_RATE),
+        COMPARISONS,
+    ),
+    Method(
+        "robust DPO, 20% flipped", OPTIMUM, OPTIMUM,
+        _trainer("robust_dpo", flip_rate=FLIP_RATE, label_smoothing=FLIP_RATE), optimum,
+        COMPARISONS,
+    ),
+    Method(
+        "IPO", "ref x exp(win rate / beta)", "ref x exp(win rate / beta)",
+        _trainer("ipo"), fixed_points.ipo, COMPARISONS,
+    ),
+    Method(
+        "f-DPO, forward KL", "f-divergence optimum", "ref x beta / (c - r)",
+        _paired(_f_dpo("forward_kl")),
+        lambda w: fixed_points.f_divergence(w, "forward_kl"), SLOW_COMPARISONS,
+    ),
+    Method(
+        "f-DPO, Jensen-Shannon", "f-divergence optimum", "f-divergence optimum",
+        _paired(_f_dpo("jensen_shannon")),
+        lambda w: fixed_points.f_divergence(w, "jensen_shannon"), SLOW_COMPARISONS,
+    ),
+    Method(
+        "length-normalised DPO", "-", "ref x exp(length (r / 3 beta + c))",
+        _paired(_normalized_dpo),
+        lambda w: fixed_points.tilted_by_length(w, w.reference), COMPARISONS,
+    ),
+    Method(
+        "CPO (contrastive term)", "the optimum for a uniform reference", "exp(r / beta) / Z",
+        _paired(_cpo), lambda w: normalized(w.reward / w.beta), COMPARISONS,
+    ),
+    Method(
+        "SimPO, gamma = 0", "-", "exp(length (r / 3 beta + c))", _paired(_simpo(0.0)),
+        lambda w: fixed_points.tilted_by_length(w, np.zeros_like(w.reward)), COMPARISONS,
+    ),
+    Method(
+        "SimPO, gamma = 1", "-", "its loss's minimum", _paired(_simpo(1.0)),
+        _minimized(_simpo(1.0)), COMPARISONS,
+    ),
+    Method("ORPO, lambda = 1", "-", "its loss's minimum", _paired(_orpo), _minimized(_orpo),
+           COMPARISONS),
+    Method("SLiC, delta = 1, lambda = 1", "-", "its loss's minimum", _paired(_slic),
+           _minimized(_slic), COMPARISONS),
+    Method("EXO, hard labels, smoothing 0.1", "the optimum (soft labels)", "its loss's minimum",
+           _trainer("exo", label_smoothing=0.1),
+           _minimized(_library("exo_loss", label_smoothing=0.1)), COMPARISONS),
+    Method("NCA, hard pairs", "the optimum (soft labels)", "its loss's minimum", _trainer("nca"),
+           _minimized(_library("nca_loss")), COMPARISONS),
+    Method("SPPO, one round, hard labels", "about IPO's", "its loss's minimum", _trainer("sppo"),
+           _minimized(_library("sppo_loss")), COMPARISONS),
+    Method("RSO hinge", "-", "its loss's minimum", _trainer("rso_hinge"),
+           _minimized(_library("rso_hinge_loss")), COMPARISONS),
+    Method(
+        "KTO", "-", "responses below win rate 1/2 vanish", lambda w: (
+            losses.kto(w), losses.kto_batch(w), None
+        ), fixed_points.kto, Run(steps=4000, learning_rate=1e-3),
+    ),
+]  # fmt: skip
+
+
+def _gradient(loss):
+    return lambda world: (loss, losses.policy_batch(world), None)
+
+
+def _group(advantage, **options):
+    return lambda world: (
+        losses.group_of_two(world, advantage, **options),
+        losses.policy_batch(world),
+        None,
+    )
+
+
+def _unscaled(rewards: jax.Array) -> jax.Array:
+    return pg.grpo_advantages(rewards, scale=False)
+
+
+def _ppo(every: int):
+    def build(world):
+        # Renewed before the first step: of the right shapes is enough.
+        batch = losses.policy_batch(world)
+        empty = {"old_log_probs": batch["reference"], "advantages": batch["reference"]}
+        return losses.ppo, batch | empty, losses.ppo_refresh(world, every)
+
+    return build
+
+
+def _in_loss(estimator: str, *, scale: bool, price: float):
+    return lambda world: fixed_points.kl_in_loss(
+        world,
+        fixed_points.grpo_utility(world, scale=scale),
+        estimator=estimator,
+        price=price * world.beta,
+    )
+
+
+POLICY_GRADIENT = [
+    Method("REINFORCE", OPTIMUM, OPTIMUM, _gradient(losses.reinforce), optimum, GRADIENTS),
+    Method("RLOO, K = 2", OPTIMUM, OPTIMUM, _group(pg.rloo_advantages), optimum, GRADIENTS),
+    Method("PPO, 4 epochs, exact critic, GAE 0.95", OPTIMUM, OPTIMUM, _ppo(4), optimum, GRADIENTS),
+    Method("GRPO without std, KL in the reward", OPTIMUM, OPTIMUM, _group(_unscaled), optimum,
+           GRADIENTS),
+    Method("GRPO without std, KL in the reward, per-length mean", OPTIMUM, OPTIMUM,
+           _group(_unscaled, aggregation="grpo"), optimum, GRADIENTS),
+    Method("GRPO with std, KL in the reward, K = 2", "-", OPTIMUM + " (all advantages 0)",
+           _group(pg.grpo_advantages), optimum, GRADIENTS),
+    Method("GRPO without std, k2 in the loss, K = 2", OPTIMUM, "ref exp(Q / 2 beta) by symbol",
+           _group(_unscaled, kl_estimator="k2"), _in_loss("k2", scale=False, price=1.0),
+           GRADIENTS),
+    Method("GRPO without std, k3 in the loss, K = 2", OPTIMUM, "2 beta ref / (c - Q) by symbol",
+           _group(_unscaled, kl_estimator="k3"), _in_loss("k3", scale=False, price=1.0),
+           GRADIENTS),
+    Method("GRPO (paper: std, k3 in the loss), K = 2", OPTIMUM, "beta ref / (c - Q'), "
+           "Q' of win minus loss rate / sqrt 2", _group(pg.grpo_advantages, kl_estimator="k3"),
+           _in_loss("k3", scale=True, price=1.0), GRADIENTS),
+    Method("GRPO without std, k1 in the loss", OPTIMUM, "no penalty at all: the best response",
+           _group(_unscaled, kl_estimator="k1"), None, GRADIENTS),
+]  # fmt: skip
+ALL = {method.name: method for method in PREFERENCE + POLICY_GRADIENT}

@@ -1,0 +1,416 @@
+"""The sampler against the trainer's forward pass, against itself, and against loops without a cache."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax.generation import generate, sampler
+from align_jax.losses.log_probs import token_log_probs
+from align_jax.models.interchange import load_model
+from align_jax.models.transformer import Transformer
+from tests.losses.test_log_probs import equations
+
+HERE = pathlib.Path(__file__).parent
+WIDTH = 64  # of the rows that the forward pass without a cache runs on
+NEW = 12
+
+
+@functools.cache
+def model_of(name):
+    """Weights three times those of the initialisation: distributions with something to sample."""
+    if name == "window":
+        config = dataclasses.replace(load_model("tiny").config, sliding_window=6)
+        model = Transformer(config, key=jax.random.key(1))
+    else:
+        model = load_model(name)
+    return jax.tree.map(lambda x: 3 * x, model)
+
+
+@pytest.fixture(params=["tiny", "tiny:gpt2", "window"])
+def model(request):
+    return model_of(request.param)
+
+
+def prompts_of(*lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 264, length).tolist() for length in lengths]
+
+
+def keys_of(n, seed=0):
+    return jax.random.split(jax.random.key(seed), n)
+
+
+forward = jax.jit(lambda model, tokens: model.logits(model(tokens)))
+
+
+def next_token_logits(model, prompts, completions):
+    """`[N,NEW,V]`, of a plain forward pass over prompt + completion."""
+    rows = np.zeros((len(prompts), WIDTH), np.int32)
+    for row, prompt, completion in zip(rows, prompts, completions):
+        row[: len(prompt) + len(completion)] = [*prompt, *completion]
+    logits = np.asarray(forward(model, rows))
+    return np.stack([row[len(p) - 1 : len(p) - 1 + NEW] for row, p in zip(logits, prompts)])
+
+
+def filtered(logits, top_k, top_p):
+    """Brute force over single distributions."""
+    out = np.full_like(logits, -np.inf)
+    for index in np.ndindex(logits.shape[:-1]):
+        order = np.argsort(-logits[index], kind="stable")[: top_k or logits.shape[-1]]
+        p = np.exp(logits[index][order].astype(np.float64))
+        before = np.cumsum(p / p.sum()) - p / p.sum()
+        order = order[before < top_p] if top_p is not None else order
+        out[index][order] = logits[index][order]
+    return out
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.mask, b.mask)
+    np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+
+
+def rows(generation, index):
+    return jax.tree.map(lambda x: np.asarray(x)[index], generation)
+
+
+# Against the trainer
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, None, None), (0.7, None, None), (0.7, 20, None), (1.0, None, 0.8), (0.7, 20, 0.9)],
+)
+def test_log_probs_equal_the_trainers(model, temperature, top_k, top_p):
+    prompts = prompts_of(1, 9, 16)
+    out = generate(
+        model,
+        prompts,
+        key=jax.random.key(0),
+        max_new_tokens=NEW,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        samples_per_prompt=2,
+    )
+    assert out.tokens.shape == out.mask.shape == out.log_probs.shape == (6, NEW)
+    assert (out.tokens.dtype, out.log_probs.dtype) == (np.int32, np.float32)
+    assert (np.asarray(out.mask) == 1).all()
+    logits = next_token_logits(model, [p for p in prompts for _ in range(2)], out.tokens)
+    scaled = filtered(logits / np.float32(temperature), top_k, top_p)
+    expected = token_log_probs(scaled, out.tokens)
+    np.testing.assert_allclose(out.log_probs, expected, atol=1e-5)
+    if top_k is None and top_p is None:
+        at_temperature = token_log_probs(logits, out.tokens, temperature=temperature)
+        np.testing.assert_allclose(out.log_probs, at_temperature, atol=1e-5)
+        assert np.ptp(out.log_probs) > 1  # distributions far from uniform: the test has teeth
+    else:
+        assert (np.asarray(out.log_probs) > token_log_probs(logits / temperature, out.tokens)).all()
+
+
+def test_greedy_equals_a_loop_without_a_cache(model):
+    prompts = prompts_of(1, 9, 16)
+    out = generate(model, prompts, key=jax.random.key(0), max_new_tokens=NEW, temperature=0.0)
+    completions = [[] for _ in prompts]
+    for step in range(NEW):
+        logits = next_token_logits(model, prompts, completions)[:, step]
+        for completion, row in zip(completions, logits):
+            completion.append(int(row.argmax()))
+    np.testing.assert_array_equal(out.tokens, completions)
+    expected = token_log_probs(next_token_logits(model, prompts, completions), out.tokens)
+    np.testing.assert_allclose(out.log_probs, expected, atol=1e-5)
+    other_key = generate(model, prompts, key=jax.random.key(1), max_new_tokens=NEW, temperature=0)
+    assert_same(out, other_key)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny:gpt2"])
+def test_the_last_position_of_the_context_can_be_used(name):
+    """Here the prompt's bucket (24) is longer than the context: padding beyond it must not show."""
+    full = model_of(name)
+    short = Transformer(dataclasses.replace(full.config, context_length=20), key=jax.random.key(0))
+    leaves = [
+        x[..., : y.shape[-2], :] if x.shape != y.shape else x
+        for x, y in zip(jax.tree.leaves(full), jax.tree.leaves(short))
+    ]
+    short = jax.tree.unflatten(jax.tree.structure(short), leaves)
+    (prompt,) = prompts_of(17)
+    out = generate(short, [prompt], key=jax.random.key(0), max_new_tokens=3)
+    completion = np.asarray(out.tokens)
+    logits = next_token_logits(full, [prompt], completion)[:, :3]
+    np.testing.assert_allclose(out.log_probs, token_log_probs(logits, completion), atol=1e-5)
+    with pytest.raises(ValueError, match="prompt of 17 tokens and 4 new .* context of 20 tokens"):
+        generate(short, [prompt], key=jax.random.key(0), max_new_tokens=4)
+
+
+# Buckets, batch composition, samples of one prompt
+
+LENGTHS = (1, 15, 16, 17, 24, 25)
+
+
+def test_buckets():
+    buckets = [sampler.prompt_bucket(length) for length in range(1, 3000)]
+    assert sorted(set(buckets)) == [
+        *(16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
+    ]
+    for length, bucket in enumerate(buckets, start=1):
+        smaller = [b for b in set(buckets) if b < bucket]
+        assert bucket >= length > max(smaller, default=0)
+    assert [sampler.prompt_bucket(n) for n in LENGTHS] == [16, 16, 16, 24, 24, 32]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny:gpt2", "window"])
+def test_prompts_of_mixed_lengths_equal_each_alone(name):
+    model, prompts, keys = model_of(name), prompts_of(*LENGTHS), keys_of(len(LENGTHS))
+    together = generate(model, prompts, key=keys, max_new_tokens=NEW)
+    for i, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], key=keys[i : i + 1], max_new_tokens=NEW)
+        assert_same(alone, rows(together, slice(i, i + 1)))
+
+
+def test_batch_composition_and_order_change_nothing():
+    model, prompts, keys = model_of("tiny"), prompts_of(*LENGTHS), keys_of(len(LENGTHS))
+    together = generate(model, prompts, key=keys, max_new_tokens=NEW)
+    order = [3, 0, 5, 4, 1, 2]
+    permuted = generate(
+        model, [prompts[i] for i in order], key=keys[np.array(order)], max_new_tokens=NEW
+    )
+    assert_same(permuted, rows(together, order))
+    others = prompts_of(30, 2, 3, 4, 5, seed=1)
+    mixed = generate(
+        model, [prompts[4], *others], key=keys[np.array([4, 0, 1, 2, 3, 5])], max_new_tokens=NEW
+    )
+    assert_same(rows(mixed, slice(0, 1)), rows(together, slice(4, 5)))
+
+
+def test_samples_of_a_prompt_are_distinct_and_depend_on_nothing_else():
+    model, keys = model_of("tiny"), keys_of(3)
+    prompts = prompts_of(5, 16, 7)
+    out = generate(model, prompts, key=keys, max_new_tokens=NEW, samples_per_prompt=3)
+    for i in range(3):
+        samples = np.asarray(out.tokens[3 * i : 3 * i + 3])
+        assert len({tuple(sample) for sample in samples}) == 3
+        assert len(set(samples[:, 0])) > 1 or i  # first tokens come from the one prefill
+    others = generate(
+        model,
+        [prompts[1], *prompts_of(12, 3, seed=1)],
+        key=keys[np.array([1, 0, 2])],
+        max_new_tokens=NEW,
+        samples_per_prompt=3,
+    )
+    assert_same(rows(others, slice(0, 3)), rows(out, slice(3, 6)))
+    fewer = generate(model, prompts, key=keys, max_new_tokens=NEW, samples_per_prompt=2)
+    assert_same(fewer, rows(out, [0, 1, 3, 4, 6, 7]))
+
+
+def test_one_key_serves_all_prompts():
+    model, (prompt,) = model_of("tiny"), prompts_of(9)
+    draw = functools.partial(generate, model, [prompt, prompt, prompt], max_new_tokens=NEW)
+    out = draw(key=jax.random.key(3))
+    assert len({tuple(row) for row in np.asarray(out.tokens)}) == 3
+    assert_same(out, draw(key=jax.random.key(3)))
+    assert_same(out, draw(key=jax.random.PRNGKey(3)))
+    assert (np.asarray(out.tokens) != np.asarray(draw(key=jax.random.key(4)).tokens)).any()
+
+
+# Stopping
+
+
+def test_stop_tokens_end_rows_and_change_nothing_before():
+    model, prompts, keys = model_of("tiny"), prompts_of(1, 9, 16), keys_of(3)
+    draw = functools.partial(
+        generate, model, prompts, key=keys, max_new_tokens=NEW, samples_per_prompt=2, top_k=30
+    )
+    free = jax.tree.map(np.asarray, draw())
+    # The first token of one row, one in the middle of another; the other rows go on to the end.
+    stop_tokens = [int(free.tokens[0, 0]), int(free.tokens[3, 5])]
+    expected = jax.tree.map(np.copy, free)
+    ends = []
+    for i, tokens in enumerate(free.tokens):
+        hits = np.flatnonzero(np.isin(tokens, stop_tokens))
+        ends.append(int(hits[0]) if len(hits) else NEW - 1)
+        for array in expected:
+            array[i, ends[-1] + 1 :] = 0
+    assert ends[0] == 0 and 0 < ends[3] <= 5 and NEW - 1 in ends
+    stopped = draw(stop_tokens=stop_tokens)
+    assert_same(stopped, expected)
+    after = np.arange(NEW) > np.array(ends)[:, None]
+    for array in stopped:
+        assert (np.asarray(array)[after] == 0).all()
+    np.testing.assert_array_equal(stopped.mask, ~after)
+    never = draw(stop_tokens=[0, 263])
+    if not np.isin(free.tokens, [0, 263]).any():
+        assert_same(never, free)
+
+
+@pytest.fixture
+def count_draws(monkeypatch):
+    """How often the compiled loop draws."""
+    calls = []
+    sample = sampler.sample
+
+    def counting(logits, keys):
+        jax.debug.callback(lambda: calls.append(logits.shape))
+        return sample(logits, keys)
+
+    monkeypatch.setattr(sampler, "sample", counting)
+    sampler._decode.clear_cache()
+    yield calls
+    sampler._decode.clear_cache()
+
+
+def test_the_loop_stops_when_all_rows_have(count_draws):
+    model, prompts, keys = model_of("tiny"), prompts_of(3, 4), keys_of(2)
+    draw = functools.partial(generate, model, prompts, key=keys, max_new_tokens=200, top_k=5)
+    free = np.asarray(draw(stop_tokens=[-1]).tokens)
+    jax.effects_barrier()
+    assert len(count_draws) == 200
+    count_draws.clear()
+    first_rows = {int(t) for t in free[0, 2:4]}, {int(t) for t in free[1, 5:7]}
+    stop_tokens = [first_rows[0].pop(), first_rows[1].pop()]
+    last = max(int(np.flatnonzero(np.isin(row, stop_tokens))[0]) for row in free)
+    out = draw(stop_tokens=stop_tokens[:1] if last < 0 else stop_tokens)
+    jax.effects_barrier()
+    assert last < 10 and len(count_draws) == last + 1
+    np.testing.assert_array_equal(np.asarray(out.mask).any(0), np.arange(200) <= last)
+    np.testing.assert_array_equal(
+        out.tokens[:, : last + 1] * 1, free[:, : last + 1] * out.mask[:, : last + 1]
+    )
+
+
+# Work and memory
+
+
+def prefill_shapes(samples):
+    model = model_of("tiny")
+    tokens, lengths = np.ones((3, 16), np.int32), np.array([5, 16, 7], np.int32)
+    jaxpr = jax.make_jaxpr(sampler._prefill, static_argnums=(3, 4))(
+        model, tokens, lengths, samples, 7
+    )
+    products = [
+        tuple(v.aval.shape for v in (*e.invars, *e.outvars))
+        for e in equations(jaxpr.jaxpr)
+        if e.primitive.name == "dot_general"
+    ]
+    cache, hidden = jax.eval_shape(
+        lambda m, t, n: sampler._prefill(m, t, n, samples, 7), model, tokens, lengths
+    )
+    return products, cache, hidden
+
+
+def test_the_prompt_is_computed_and_kept_once_for_all_its_samples():
+    products, cache, hidden = prefill_shapes(samples=5)
+    assert len(products) > 5 and products == prefill_shapes(samples=1)[0]
+    c = model_of("tiny").config
+    per_token = (c.num_kv_heads, c.head_dim)
+    assert hidden.shape == (3, c.hidden_size)
+    assert cache.prompt_keys.shape == cache.prompt_values.shape == (2, 3, 16, *per_token)
+    assert cache.sample_keys.shape == cache.sample_values.shape == (2, 3, 5, 7, *per_token)
+    # Nor does decoding lay the prompt's keys out once per sample.
+    model, n = model_of("tiny"), np.ones(3, np.int32)
+    decode = functools.partial(sampler._decode, greedy=False, top_k=None)
+    jaxpr = jax.make_jaxpr(decode)(
+        model, cache, hidden, n, keys_of(3), np.zeros(0, np.int32), 1.0, None
+    )
+    shapes = {v.aval.shape for e in equations(jaxpr.jaxpr) for v in e.outvars}
+    assert (3, 5, 7, *per_token) in shapes and (3, 16, *per_token) in shapes
+    repeated = 3 * 5 * 16 * c.num_kv_heads * c.head_dim
+    largest_of_cache = 2 * 3 * 5 * 7 * c.num_kv_heads * c.head_dim
+    assert repeated not in {int(np.prod(shape)) for shape in shapes}
+    assert max(np.prod(shape) for shape in shapes) == max(largest_of_cache, 15 * c.vocab_size)
+
+
+def test_lengths_and_settings_within_a_bucket_compile_nothing_new():
+    model = model_of("tiny")
+
+    def draw(*lengths, seed, temperature, top_p):
+        generate(
+            model,
+            prompts_of(*lengths, seed=seed),
+            key=jax.random.key(seed),
+            max_new_tokens=5,
+            temperature=temperature,
+            top_p=top_p,
+            stop_tokens=[seed],
+        )
+        return sampler._prefill._cache_size(), sampler._decode._cache_size()
+
+    first = draw(3, 9, seed=0, temperature=0.7, top_p=0.8)
+    assert draw(12, 16, seed=1, temperature=1.3, top_p=0.9) == first
+    assert draw(1, 2, seed=2, temperature=1, top_p=0.95) == first
+    assert draw(1, 17, seed=2, temperature=1.0, top_p=0.95) == (first[0] + 1, first[1] + 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_cache_is_donated(temperature):
+    model, lengths = model_of("tiny"), np.array([5, 16], np.int32)
+    cache, hidden = sampler._prefill(model, np.ones((2, 16), np.int32), lengths, 3, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "Some donated buffers were not usable"
+        sampler._decode.clear_cache()
+        sampler._decode(
+            model,
+            cache,
+            hidden,
+            lengths,
+            keys_of(2),
+            np.zeros(0, np.int32),
+            temperature or 1.0,
+            None,
+            greedy=temperature == 0,
+            top_k=None,
+        )
+    assert all(x.is_deleted() for x in cache)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((model, hidden)))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": [[1], [], [2]]}, "prompt 1 is empty"),
+        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 509}, "a prompt of 4 tokens and 509 new ones exceed .* 512 tokens"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, r"2 prompt\(s\) need one key"),
+    ],
+)
+def test_bad_arguments_are_errors_before_any_compilation(change, message):
+    before = sampler._prefill._cache_size()
+    arguments = {"prompts": [[1, 2], [3, 4, 5, 6]], "key": jax.random.key(0), "max_new_tokens": 4}
+    with pytest.raises(ValueError, match=f"^generate: .*{message}"):
+        generate(model_of("tiny"), **(arguments | change))
+    assert sampler._prefill._cache_size() == before
+
+
+# Meshes
+
+
+def test_meshes_of_eight_devices_draw_what_one_draws():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(HERE.parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, HERE / "sharded_generate.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,154 @@
+"""Checkpoints: bitwise, atomic, and refused by name where they do not fit."""
+
+import pathlib
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax.models.interchange import load_model
+from align_jax.training import checkpoint
+from align_jax.training.checkpoint import Checkpointer, flatten, require_space, unflatten
+from align_jax.training.errors import RunError
+from align_jax.training.optimizer import default_optimizer_config, make_optimizer
+from align_jax.training.step import init_state
+
+
+def make_state(mesh, name="tiny", step=0, seed=None):
+    state = init_state(
+        load_model(name, mesh=mesh), make_optimizer(default_optimizer_config(), 10), mesh
+    )
+    if seed is not None:
+        rng = np.random.default_rng(seed)
+
+        def random(leaf):
+            # Any bits, but no NaN: they compare unequal to themselves.
+            bits = rng.integers(0, 2**32, leaf.shape, np.uint32) & np.uint32(0xBFFFFFFF)
+            return jax.device_put(bits.view(np.dtype(leaf.dtype)), leaf.sharding)
+
+        state = jax.tree.map(random, state)
+    return state._replace(step=jax.device_put(jnp.int32(step), state.step.sharding))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+def save(folder, state, data):
+    checkpointer = Checkpointer(folder, clean=True)
+    checkpointer.save(state, data)
+    checkpointer.close()
+
+
+def test_names_are_the_paths_of_the_leaves_and_flatten_has_an_inverse(mesh):
+    state = make_state(mesh)
+    names = flatten(state)
+    # An attention's parameter is itself called `value`, as is flax's own field.
+    assert {"step", "model.blocks.attention.value", "model.final_norm.scale"} <= names.keys()
+    assert len(names) == len(jax.tree.leaves(state))
+    again = unflatten(state, dict(reversed(names.items())))
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True))
+
+
+def test_a_round_trip_is_bitwise_though_the_arrays_are_donated_at_once(mesh, folder):
+    state = make_state(mesh, step=7, seed=0)
+    expected = {name: np.array(leaf, copy=True) for name, leaf in flatten(state).items()}
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 + 1, s), donate_argnums=0)
+    writer = Checkpointer(folder, clean=True)
+    writer.save(state, {"next_example": 56})
+    overwrite(state)
+    writer.wait()
+    writer.close()
+    reader = Checkpointer(folder)
+    assert reader.latest_step() == 7
+    fresh = make_state(mesh)
+    restored, data = reader.restore(fresh)
+    reader.close()
+    assert data == {"next_example": 56}
+    for name, leaf in flatten(restored).items():
+        assert leaf.dtype == expected[name].dtype and leaf.sharding == flatten(fresh)[name].sharding
+        assert np.asarray(leaf).tobytes() == expected[name].tobytes(), name
+
+
+def test_the_model_alone_is_restored(mesh, folder):
+    state = make_state(mesh, step=3, seed=1)
+    save(folder, state, {})
+    model = Checkpointer(folder).restore_model(load_model("tiny", mesh=mesh))
+    for name, leaf in flatten(model).items():
+        np.testing.assert_array_equal(leaf, flatten(state.model)[name])
+
+
+def test_only_the_newest_is_kept(mesh, folder):
+    state = make_state(mesh)
+    for step in (1, 2, 5):
+        save(folder, state._replace(step=jnp.int32(step)), {})
+    assert [path.name for path in folder.iterdir()] == ["5"]
+
+
+def test_another_shape_is_refused_by_the_parameters_name(mesh, folder):
+    save(folder, make_state(mesh, step=1), {})
+    model = load_model("tiny", mesh=mesh)
+    model.blocks.mlp.up.set_value(jnp.zeros((2, 32, 65)))
+    with pytest.raises(
+        RunError,
+        match=r"step 1 in .*checkpoints has blocks.mlp.up of shape \(2, 32, 64\).*\(2, 32, 65\)",
+    ):
+        Checkpointer(folder).restore_model(model)
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "message"),
+    [
+        ("tiny", "tiny:gpt2", "has no blocks.attention.key_bias"),
+        ("tiny:gpt2", "tiny", "also has blocks.attention.key_bias"),
+    ],
+)
+def test_another_architecture_is_refused_by_a_parameters_name(mesh, folder, saved, wanted, message):
+    save(folder, make_state(mesh, saved, step=1), {})
+    checkpointer = Checkpointer(folder)
+    with pytest.raises(RunError, match=message):
+        checkpointer.restore(make_state(mesh, wanted))
+    with pytest.raises(RunError, match=message):
+        checkpointer.restore_model(load_model(wanted, mesh=mesh))
+
+
+def test_what_a_killed_run_left_half_written_is_ignored_and_cleaned_by_the_next_writer(
+    mesh, folder
+):
+    save(folder, make_state(mesh, step=4, seed=2), {"next_example": 8})
+    for name in ("5.orbax-checkpoint-tmp", "6.orbax-checkpoint-tmp"):
+        shutil.copytree(folder / "4", folder / name)
+        (folder / name / "_CHECKPOINT_METADATA").unlink()
+        shutil.rmtree(folder / name / "optimizer")
+    reader = Checkpointer(folder)
+    assert reader.latest_step() == 4
+    assert reader.restore(make_state(mesh))[1] == {"next_example": 8}
+    reader.close()
+    assert len(list(folder.iterdir())) == 3  # another process may be writing them just now
+    save(folder, make_state(mesh, step=5), {"next_example": 10})
+    assert [path.name for path in folder.iterdir()] == ["5"]
+
+
+def test_a_directory_without_checkpoints_has_no_latest_step(folder):
+    folder.mkdir()
+    assert Checkpointer(folder).latest_step() is None
+
+
+def test_too_little_space_is_said_with_both_sizes(monkeypatch, tmp_path):
+    state = [jax.ShapeDtypeStruct((2**28,), jnp.float32)] * 2  # 2 GiB
+
+    def free(size):
+        usage = types.SimpleNamespace(free=size)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+
+    free(4 * 2**30)
+    require_space(pathlib.Path(tmp_path), state, copies=2)
+    free(4 * 2**30 - 1)
+    with pytest.raises(RunError, match=r"has 4.00 GiB free.* need 4.00 GiB.*--workdir"):
+        require_space(pathlib.Path(tmp_path), state, copies=2)
+    require_space(pathlib.Path(tmp_path), state, copies=1)

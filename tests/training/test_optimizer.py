@@ -1,0 +1,91 @@
+"""The schedules against closed forms, and AdamW's parts against what they should do."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax.models.interchange import load_model
+from align_jax.training.checkpoint import flatten
+from align_jax.training.errors import RunError
+from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
+
+PEAK, STEPS = 3e-4, 50
+
+AFTER = {
+    "constant": lambda progress: PEAK,
+    "linear": lambda progress: PEAK * (1 - progress),
+    "cosine": lambda progress: PEAK * (1 + math.cos(math.pi * progress)) / 2,
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 10])
+@pytest.mark.parametrize("name", AFTER)
+def test_schedules_follow_their_closed_forms(name, warmup):
+    config = default_optimizer_config(learning_rate=PEAK, schedule=name, warmup_steps=warmup)
+    schedule = make_schedule(config, STEPS)
+    for step in (0, 1, warmup - 1, warmup, warmup + 7, STEPS - 1, STEPS):
+        if step < 0:
+            continue
+        if step < warmup:
+            expected = PEAK * (step + 1) / warmup
+        else:
+            expected = AFTER[name]((step - warmup) / (STEPS - warmup))
+        np.testing.assert_allclose(schedule(step), expected, rtol=2e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_what_falls_ends_at_zero_and_no_step_of_the_run_is_wasted(name):
+    schedule = make_schedule(default_optimizer_config(schedule=name, warmup_steps=3), 20)
+    assert abs(float(schedule(20))) < 1e-12
+    assert all(float(schedule(step)) > 0 for step in range(20))
+
+
+def test_a_run_shorter_than_its_warm_up_only_warms_up():
+    schedule = make_schedule(default_optimizer_config(learning_rate=PEAK, warmup_steps=150), 10)
+    np.testing.assert_allclose(schedule(9), PEAK * 10 / 150, rtol=1e-5)
+
+
+def test_an_unknown_schedule_is_named_with_those_there_are():
+    config = default_optimizer_config(schedule="cosin")
+    with pytest.raises(RunError, match=r"config.optimizer.schedule is 'cosin'.*'cosine'.*'linear'"):
+        make_schedule(config, 10)
+    with pytest.raises(RunError, match="schedule"):
+        make_optimizer(config, 10)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny:gpt2"])
+def test_weight_decay_pulls_at_matrices_and_not_at_norms_and_biases(name):
+    model = jax.tree.map(jnp.ones_like, load_model(name))
+    config = default_optimizer_config(learning_rate=0.5, weight_decay=0.1)
+    optimizer = make_optimizer(config, 10)
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    updates, _ = optimizer.update(zeros, optimizer.init(model), model)
+    spared = set()
+    for parameter, update in flatten(updates).items():
+        if parameter.endswith(("scale", "bias")):
+            spared.add(parameter.rsplit(".", 1)[-1])
+            expected = 0.0
+        else:
+            expected = -0.5 * 0.1
+        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=parameter)
+    assert spared >= ({"scale"} if name == "tiny" else {"scale", "bias", "up_bias", "query_bias"})
+
+
+def test_gradients_are_clipped_by_their_global_norm_before_adam():
+    model = load_model("tiny")
+    small = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), model)
+    # Adam forgets the scale of a constant gradient; a second one of another scale tells.
+    huge = jax.tree.map(lambda x: 1e6 * x, small)
+    optimizer = make_optimizer(default_optimizer_config(max_grad_norm=0.01), 10)
+    norm = math.sqrt(sum(leaf.size for leaf in jax.tree.leaves(small))) * 1e-3
+    assert norm > 0.01
+
+    def second_moment(gradient):
+        _, state = optimizer.update(gradient, optimizer.init(model), model)
+        return flatten(state)["1.0.nu.blocks.mlp.up"]
+
+    np.testing.assert_allclose(second_moment(huge), second_moment(small), rtol=1e-5)
+    np.testing.assert_allclose(second_moment(small), 0.05 * (1e-3 * 0.01 / norm) ** 2, rtol=1e-4)

@@ -1,0 +1,119 @@
+"""Whose a directory is, and files that are whole or not there."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from align_jax.training import workdir as module
+from align_jax.training.errors import RunError
+from align_jax.training.workdir import Workdir, read_config, write_file, write_json
+
+
+@pytest.fixture
+def config():
+    return ConfigDict({"algorithm": "sft", "data": {"sizes": (1, 2), "rate": 0.1}, "seed": 0})
+
+
+def test_a_new_directory_is_made_and_claimed_and_the_same_config_continues_it(tmp_path, config):
+    path = tmp_path / "a" / "b"
+    first = Workdir(path, config)
+    assert json.loads((path / "config.json").read_text())["data"] == {"sizes": [1, 2], "rate": 0.1}
+    (path / "metrics.jsonl").write_text("")
+    assert Workdir(str(path), config).path == first.path == path
+    assert Workdir(path, ConfigDict(read_config(path))).path == path
+
+
+def test_another_experiment_is_refused_with_what_differs(tmp_path, config):
+    Workdir(tmp_path, config)
+    before = (tmp_path / "config.json").read_bytes()
+    other = ConfigDict(config.to_dict() | {"seed": 1, "beta": 0.1})
+    other.data.rate = 0.2
+    with pytest.raises(RunError) as caught:
+        Workdir(tmp_path, other)
+    message = str(caught.value)
+    assert f"--workdir={tmp_path} belongs to another experiment" in message
+    assert "config.seed is 0 there and 1 here" in message
+    assert "config.data.rate is 0.1 there and 0.2 here" in message
+    assert "config.beta is '(absent)' there and 0.1 here" in message
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_long_list_of_differences_is_cut(tmp_path, config):
+    Workdir(tmp_path, config)
+    other = ConfigDict({f"field_{i}": i for i in range(6)})
+    with pytest.raises(RunError, match="; and 5 more"):
+        Workdir(tmp_path, other)
+
+
+def test_what_is_no_run_is_left_alone(tmp_path, config):
+    (tmp_path / "thesis.tex").write_text("all of it")
+    with pytest.raises(RunError, match="is not empty and holds no run"):
+        Workdir(tmp_path, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    for path in (tmp_path / "thesis.tex", tmp_path / "thesis.tex" / "below"):
+        with pytest.raises(RunError, match=f"--workdir={path}"):
+            Workdir(path, config)
+    assert (tmp_path / "thesis.tex").read_text() == "all of it"
+
+
+def test_a_damaged_config_is_named(tmp_path, config):
+    (tmp_path / "config.json").write_text('{"algorithm": "sf')
+    with pytest.raises(RunError, match="config.json is damaged"):
+        Workdir(tmp_path, config)
+    with pytest.raises(RunError, match="is not the workdir of a run"):
+        read_config(tmp_path / "nowhere")
+
+
+def test_a_run_killed_while_it_claimed_its_directory_can_start_again(tmp_path, config, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", killed)
+        patch.setattr(module.Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            Workdir(tmp_path, config)
+    assert len(list(tmp_path.iterdir())) == 1
+    Workdir(tmp_path, config)
+    assert read_config(tmp_path)["algorithm"] == "sft"
+
+
+def test_finished_is_what_finish_wrote(tmp_path, config):
+    run = Workdir(tmp_path, config)
+    assert run.finished() is None
+    run.finish({"eval": {"loss": np.float32(0.5), "counts": np.arange(2)}, "config": config.data})
+    expected = {"eval": {"loss": 0.5, "counts": [0, 1]}, "config": {"sizes": [1, 2], "rate": 0.1}}
+    assert run.finished() == Workdir(tmp_path, config).finished() == expected
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space"):
+            write_json(path, {"a": 2})
+    with pytest.raises(AttributeError):
+        write_json(path, {"a": object()})
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", full)
+        with pytest.raises(OSError, match="No space"):
+            write_file(path, b"{}")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_files_are_as_readable_as_any(tmp_path):
+    write_file(tmp_path / "x", b"1")
+    (tmp_path / "y").write_bytes(b"1")
+    assert os.stat(tmp_path / "x").st_mode == os.stat(tmp_path / "y").st_mode
