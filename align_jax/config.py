@@ -77,4 +77,6 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     by_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     close = close or [by_leaf[k] for k in difflib.get_close_matches(name, by_leaf, n=1, cutoff=0.6)]
-    return f" Did you mean {close[0]!r}?" if close else f" There are: {', '.join(sorted(known))}."
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" There are: {', '.join(sorted(known))}." if known else ""

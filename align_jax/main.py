@@ -12,6 +12,7 @@ import argparse
 import errno
 import importlib
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     from align_jax.training.errors import RunError
     from align_jax.training.loop import Interrupted
 
+    # Orbax logs with a traceback what it then raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         arguments.run(arguments, overrides)
     except Interrupted as stop:

@@ -308,7 +308,6 @@ class _Phases:
 
     def __init__(self, directory: Path):
         self._directory = directory / "samples"
-        self._directory.mkdir(exist_ok=True)
         self._seconds_file = self._directory / "seconds.json"
         self.seconds: dict[str, float] = {}
         if self._seconds_file.exists():
@@ -324,6 +323,7 @@ class _Phases:
         if not self.done(name):
             started = time.monotonic()
             records = phase()
+            self._directory.mkdir(exist_ok=True)
             lines = "".join(json.dumps(record) + "\n" for record in records)
             self.seconds[name] = time.monotonic() - started
             write_json(self._seconds_file, self.seconds)

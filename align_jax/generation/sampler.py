@@ -93,8 +93,8 @@ def generate(
         lengths,
         key,
         jnp.asarray(tuple(stop_tokens), jnp.int32),
-        temperature or 1.0,
-        top_p,
+        float(temperature) or 1.0,  # floats, so that 1 and 1.0 share a compilation
+        None if top_p is None else float(top_p),
         greedy=temperature == 0,
         top_k=top_k,
     )

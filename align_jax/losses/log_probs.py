@@ -88,7 +88,7 @@ def chunked_token_log_probs(
       unembedding: `[V,D]` float.
       tokens: `[B,T]` integer; the token each hidden state is to predict.
       chunk_size: positions of a row per chunk at most.
-      temperature: divides the logits.
+      temperature: divides the logits; a Python number, as are the two around it (none is traced).
       logit_softcap: Gemma 2's soft cap (arXiv:2408.00118, section 2); None for none.
 
     Returns:

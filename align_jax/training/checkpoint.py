@@ -5,8 +5,11 @@ does not depend on how a library spells its containers. Orbax writes beside the 
 renames: a run killed while saving still has the checkpoint before.
 """
 
+import contextlib
+import errno
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +71,21 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: Any, data: dict[str, Any]) -> None:
-        """Starts writing a train state; its arrays may be donated as soon as this returns."""
+        """Starts writing a train state; its arrays may be donated as soon as this returns.
+
+        Raises:
+          RunError: the disk is full; also from `wait` and `close`, since writing goes on beside.
+        """
         args = self._ocp.args
-        self._manager.save(
-            int(state.step),
-            args=args.Composite(
-                model=args.StandardSave(flatten(state.model)),
-                optimizer=args.StandardSave(flatten(state.optimizer)),
-                data=args.JsonSave(data),
-            ),
-        )
+        with self._naming_a_full_disk():
+            self._manager.save(
+                int(state.step),
+                args=args.Composite(
+                    model=args.StandardSave(flatten(state.model)),
+                    optimizer=args.StandardSave(flatten(state.optimizer)),
+                    data=args.JsonSave(data),
+                ),
+            )
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
         """The newest checkpoint, in the structure and with the shardings of the state `state`.
@@ -131,11 +139,26 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns when what was saved is on disk, and raises what went wrong on the way."""
-        self._manager.wait_until_finished()
+        with self._naming_a_full_disk():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then releases the background threads."""
-        self._manager.close()
+        with self._naming_a_full_disk():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _naming_a_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        # TensorStore makes a ValueError of what the operating system said.
+        except (OSError, ValueError) as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            raise RunError(
+                f"the disk is full: a checkpoint could not be written to {self.directory}. What "
+                "was saved before is whole; free some space, and the same command continues."
+            ) from error
 
 
 def require_space(directory: Path, state: Any, copies: int) -> None:

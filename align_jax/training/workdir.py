@@ -55,23 +55,27 @@ class Workdir:
 
     def _claim(self, wanted: dict[str, Any]) -> None:
         file = self.path / "config.json"
-        if file.exists():
-            found = read_config(self.path)
-            different = _differences(found, wanted)
-            if different:
+        # What data or model stopped at the start leaves its config, a kill then a part of it.
+        started = any(
+            one.name != file.name and not one.name.startswith(f".{file.name}.")
+            for one in self.path.iterdir()
+        )
+        found = read_config(self.path) if file.exists() else None
+        different = _differences(found or {}, wanted)
+        if found is not None:
+            if different and (started or "algorithm" not in found):
                 raise RunError(
                     f"--workdir={self.path} belongs to another experiment: "
                     + "; ".join(different[:4])
                     + (f"; and {len(different) - 4} more" if len(different) > 4 else "")
                     + ". Give another --workdir, or the config it was started with to continue it."
                 )
-        # A run killed in its first moment leaves no more than a temporary config.json.
-        elif not all(file.name.startswith(".config.json.") for file in self.path.iterdir()):
+        elif started:
             raise RunError(
                 f"--workdir={self.path} is not empty and holds no run (no config.json). Give an "
                 "empty or a new directory."
             )
-        elif jax.process_index() == 0:
+        if different and jax.process_index() == 0:
             write_json(file, wanted)
 
     def finished(self) -> dict[str, Any] | None:

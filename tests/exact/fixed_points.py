@@ -17,6 +17,7 @@ from tests.exact.language import (
     World,
     bradley_terry,
     kl,
+    logsumexp,
     normalized,
     token_policy,
 )
@@ -36,7 +37,7 @@ def win_rates(world: World) -> Array:
 
 def solve_normalizer(log_weights: Callable[[float], Array], low: float, high: float) -> Array:
     """`log_weights(c)` at the c in [low, high] where the weights sum to 1."""
-    total = lambda c: np.log(np.exp(log_weights(c)).sum())  # noqa: E731
+    total = lambda c: logsumexp(log_weights(c))  # noqa: E731
     return log_weights(brentq(total, low, high, xtol=1e-14, rtol=1e-14))
 
 
@@ -60,7 +61,7 @@ def tilted_by_length(world: World, log_base: Array) -> Array:
     )
 
 
-def f_divergence(world: World, divergence: str) -> Array:
+def f_divergence(world: World, divergence: str, beta: float) -> Array:
     """argmax E[r] - beta D_f(pi || ref): f'(pi / ref) = (r - c) / beta (Wang et al. 2023)."""
 
     def ratio(score):  # log u with f'(u) = score < 0
@@ -71,7 +72,7 @@ def f_divergence(world: World, divergence: str) -> Array:
     return np.stack(
         [
             solve_normalizer(
-                lambda c, ref=ref, r=r: ref + ratio((r - r.max() - c) / world.beta), 1e-12, 1e3
+                lambda c, ref=ref, r=r: ref + ratio((r - r.max() - c) / beta), 1e-12, 1e3
             )
             for ref, r in zip(world.reference, world.reward)
         ]

@@ -61,7 +61,7 @@ class Enumerated:
         return jax.grad(divergence)(self.logits)
 
     def expected(self, loss: Callable[[jax.Array], jax.Array], logits=None) -> jax.Array:
-        """E over one sample of the gradient of `loss(log_probs [N,T]) [N,T]`, summed over tokens."""
+        """E over one sample of the gradient of the summed `loss(log_probs [N,T]) [N,T]`."""
         weight = jnp.exp(self.log_probs(self.logits).sum(-1))
 
         def total(logits):

@@ -1,6 +1,7 @@
 """Loss functions for `make_train_step`: the library's losses under exact expectations."""
 
 import functools
+import itertools
 from unittest import mock
 
 import jax
@@ -18,7 +19,7 @@ from align_jax.models.transformer import Transformer
 from align_jax.training.scoring import sum_by_response, target_log_probs
 from align_jax.training.step import Batch, LossFunction, LossSums
 from tests.exact.fixed_points import PairLoss, label_weights, win_rates
-from tests.exact.language import World, action_values, bradley_terry, expectation
+from tests.exact.language import World, action_values, bradley_terry, token_policy
 from tests.exact.training import (
     all_pairs,
     enumeration,
@@ -27,7 +28,6 @@ from tests.exact.training import (
     pair_batch,
     policy_of,
 )
-
 
 # Preferences.
 
@@ -46,7 +46,7 @@ def preference_batch(world: World, flip_rate: float = 0.0) -> Batch:
 
 
 def trainer_loss(name: str, beta: float, **fixed: float) -> LossFunction:
-    """`algorithms.preference.make_loss`; `fixed` binds a hyperparameter it has no config key for."""
+    """`algorithms.preference.make_loss`; `fixed` binds what it has no config key for."""
     bound = {name: functools.partial(preference.LOSSES[name], **fixed)}
     with mock.patch.dict(preference.LOSSES, bound):
         return preference.make_loss(ConfigDict({"loss": name, "beta": beta}))
@@ -107,8 +107,6 @@ def policy_batch(world: World) -> Batch:
 
 def token_log_probs(world: World, policy: np.ndarray) -> np.ndarray:
     """`[P N, max_length]` log-probability of each symbol, 0 past the end."""
-    from tests.exact.language import token_policy
-
     prefix, symbol, mask = world.language.choices
     tokens = token_policy(world.language, policy)[:, prefix, symbol]
     return np.where(mask, tokens, 0.0).reshape(-1, mask.shape[1]).astype(np.float32)
@@ -147,23 +145,21 @@ def ppo_refresh(world: World, every: int, *, lambda_: float = 0.95):
     """
     mask = world.language.choices[2]
     flat_mask = np.tile(mask, (len(world.reward), 1))
+    reference = token_log_probs(world, world.reference)
+    score = world.reward.ravel().astype(np.float32)
+
+    @jax.jit
+    def estimate(old, values):
+        rewards = pg.kl_shaped_rewards(score, old, reference, flat_mask, kl_coefficient=world.beta)
+        return pg.gae(rewards, values, flat_mask, lambda_=lambda_)[0]
 
     def refresh(step: int, model: Transformer):
         if step % every:
             return None
         policy = policy_of(model, world.language)
         old = token_log_probs(world, policy)
-        reference = token_log_probs(world, world.reference)
-        rewards = pg.kl_shaped_rewards(
-            world.reward.ravel().astype(np.float32),
-            old,
-            reference,
-            flat_mask,
-            kl_coefficient=world.beta,
-        )
         values = exact_values(world, policy).reshape(flat_mask.shape).astype(np.float32)
-        advantages, _ = pg.gae(rewards, values, flat_mask, lambda_=lambda_)
-        return {"old_log_probs": jnp.asarray(old), "advantages": advantages}
+        return {"old_log_probs": jnp.asarray(old), "advantages": estimate(old, values)}
 
     return refresh
 
@@ -175,8 +171,6 @@ def exact_values(world: World, policy: np.ndarray) -> np.ndarray:
     spent = world.beta * (token_log_probs(world, policy) - token_log_probs(world, world.reference))
     spent = spent.astype(np.float64).reshape(*policy.shape, -1)
     whole = action_values(language, policy, world.reward - spent.sum(-1))
-    from tests.exact.language import token_policy
-
     tokens = np.exp(token_policy(language, policy))
     state = (tokens * whole).sum(-1)[:, prefix]
     return np.where(mask, state + np.cumsum(spent, -1) - spent, 0.0)
@@ -223,8 +217,11 @@ def group_of_two(
     return loss_sums
 
 
-def self_play(world: World, preferences: np.ndarray) -> LossFunction:
-    """SPO: REINFORCE on the preference against another sample of the same policy, all N^2 pairs."""
+def self_play(world: World, preferences: np.ndarray, price: float) -> LossFunction:
+    """SPO: REINFORCE on the preference against another sample of the same policy, all N^2 pairs.
+
+    `price` is that of the KL to `sequence_reference`, in the reward.
+    """
     shape = world.reward.shape
     matrix = jnp.asarray(preferences, jnp.float32)
     # Groups of two: [N, N, 2, 2], so that the library's own reward is what is enumerated.
@@ -240,14 +237,11 @@ def self_play(world: World, preferences: np.ndarray) -> LossFunction:
     def loss_sums(model: Transformer, batch: Batch) -> LossSums:
         log_probs = log_probs_of(model, batch).reshape(shape)
         weight = stop_gradient(jnp.exp(log_probs))
-        advantages = (rewards[None] * weight[:, None, :]).sum(-1) - 0.5
+        moved = stop_gradient(log_probs) - batch["sequence_reference"].reshape(shape)
+        advantages = (rewards[None] * weight[:, None, :]).sum(-1) - 0.5 - price * moved
         return mean(weight * pg.reinforce_loss(log_probs, advantages))
 
     return loss_sums
-
-
-def entropy(world: World, policy: np.ndarray) -> np.ndarray:
-    return -expectation(policy, policy)
 
 
 # Distillation.
@@ -324,8 +318,6 @@ def ranked_sets(world: World, size: int, *, whole: bool, seed: int = 0) -> Batch
     The law is Plackett-Luce; an outcome is a whole order, or (`whole` false) who came first.
     `sets` are in order of rank.
     """
-    import itertools
-
     rng = np.random.default_rng(seed)
     count, n = world.reward.shape
     rows, weights = [], []

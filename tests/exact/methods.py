@@ -70,7 +70,7 @@ def _trainer(name: str, *, flip_rate: float = 0.0, **fixed: float):
     )
 
 
-def _library(name: str, **fixed: float):
+def library(name: str, **fixed: float):
     """The pair loss `name` of the library for `pair_minimizer`, which passes lengths too."""
     function = getattr(preference, name)
     return lambda world: lambda *a: function(*a[:4], beta=world.beta, **fixed)
@@ -89,7 +89,12 @@ def per_token(world: World) -> float:
     return world.beta * world.language.max_length
 
 
-def _simpo(gamma: float):
+def stiff(world: World) -> float:
+    """f-DPO's beta. Where pi / ref is large, f' is flat: at `world.beta` training takes forever."""
+    return 4 * world.beta
+
+
+def simpo(gamma: float):
     def make(world):
         return lambda c, r, rc, rr, lc, lr: preference.simpo_loss(
             c / lc, r / lr, beta=per_token(world), gamma=gamma
@@ -98,24 +103,24 @@ def _simpo(gamma: float):
     return make
 
 
-def _cpo(world):
+def cpo(world):
     return lambda c, r, rc, rr, lc, lr: preference.cpo_loss(c, r, beta=world.beta)
 
 
-def _normalized_dpo(world):
+def normalized_dpo(world):
     return lambda c, r, rc, rr, lc, lr: preference.length_normalized_dpo_loss(
         c, r, rc, rr, lc, lr, beta=per_token(world)
     )
 
 
-def _f_dpo(divergence: str):
+def f_dpo(divergence: str):
     def make(world):
-        return lambda *a: preference.f_dpo_loss(*a[:4], divergence=divergence, beta=world.beta)
+        return lambda *a: preference.f_dpo_loss(*a[:4], divergence=divergence, beta=stiff(world))
 
     return make
 
 
-def _slic(world):
+def slic(world):
     # All pairs come equally often, so that this sums to minus E_ref log pi.
     half = world.reward.shape[1] / 2
 
@@ -126,7 +131,7 @@ def _slic(world):
     return loss
 
 
-def _orpo(world):
+def orpo(world):
     def loss(c, r, rc, rr, lc, lr):
         return preference.orpo_loss(c / lc, r / lr) - c / lc
 
@@ -138,12 +143,12 @@ PREFERENCE = [
     Method(
         "DPO, 20% of labels flipped", "-", "nearest to flipped labels",
         _trainer("dpo", flip_rate=FLIP_RATE),
-        _minimized(_library("dpo_loss"), flip_rate=FLIP_RATE), COMPARISONS,
+        _minimized(library("dpo_loss"), flip_rate=FLIP_RATE), COMPARISONS,
     ),
     Method(
         "conservative DPO, 20% flipped", "-", "flips counted twice, not undone",
         _trainer("dpo", flip_rate=FLIP_RATE, label_smoothing=FLIP_RATE),
-        _minimized(_library("dpo_loss", label_smoothing=FLIP_RATE), flip_rate=FLIP_RATE),
+        _minimized(library("dpo_loss", label_smoothing=FLIP_RATE), flip_rate=FLIP_RATE),
         COMPARISONS,
     ),
     Method(
@@ -156,45 +161,45 @@ PREFERENCE = [
         _trainer("ipo"), fixed_points.ipo, COMPARISONS,
     ),
     Method(
-        "f-DPO, forward KL", "f-divergence optimum", "ref x beta / (c - r)",
-        _paired(_f_dpo("forward_kl")),
-        lambda w: fixed_points.f_divergence(w, "forward_kl"), SLOW_COMPARISONS,
+        "f-DPO, forward KL", "f-divergence optimum", "ref x 4 beta / (c - r)",
+        _paired(f_dpo("forward_kl")),
+        lambda w: fixed_points.f_divergence(w, "forward_kl", stiff(w)), SLOW_COMPARISONS,
     ),
     Method(
-        "f-DPO, Jensen-Shannon", "f-divergence optimum", "f-divergence optimum",
-        _paired(_f_dpo("jensen_shannon")),
-        lambda w: fixed_points.f_divergence(w, "jensen_shannon"), SLOW_COMPARISONS,
+        "f-DPO, Jensen-Shannon", "f-divergence optimum", "that at 4 beta",
+        _paired(f_dpo("jensen_shannon")),
+        lambda w: fixed_points.f_divergence(w, "jensen_shannon", stiff(w)), SLOW_COMPARISONS,
     ),
     Method(
         "length-normalised DPO", "-", "ref x exp(length (r / 3 beta + c))",
-        _paired(_normalized_dpo),
+        _paired(normalized_dpo),
         lambda w: fixed_points.tilted_by_length(w, w.reference), COMPARISONS,
     ),
     Method(
         "CPO (contrastive term)", "the optimum for a uniform reference", "exp(r / beta) / Z",
-        _paired(_cpo), lambda w: normalized(w.reward / w.beta), COMPARISONS,
+        _paired(cpo), lambda w: normalized(w.reward / w.beta), COMPARISONS,
     ),
     Method(
-        "SimPO, gamma = 0", "-", "exp(length (r / 3 beta + c))", _paired(_simpo(0.0)),
+        "SimPO, gamma = 0", "-", "exp(length (r / 3 beta + c))", _paired(simpo(0.0)),
         lambda w: fixed_points.tilted_by_length(w, np.zeros_like(w.reward)), COMPARISONS,
     ),
     Method(
-        "SimPO, gamma = 1", "-", "its loss's minimum", _paired(_simpo(1.0)),
-        _minimized(_simpo(1.0)), COMPARISONS,
+        "SimPO, gamma = 1", "-", "its loss's minimum", _paired(simpo(1.0)),
+        _minimized(simpo(1.0)), COMPARISONS,
     ),
-    Method("ORPO, lambda = 1", "-", "its loss's minimum", _paired(_orpo), _minimized(_orpo),
+    Method("ORPO, lambda = 1", "-", "its loss's minimum", _paired(orpo), _minimized(orpo),
            COMPARISONS),
-    Method("SLiC, delta = 1, lambda = 1", "-", "its loss's minimum", _paired(_slic),
-           _minimized(_slic), COMPARISONS),
+    Method("SLiC, delta = 1, lambda = 1", "-", "its loss's minimum", _paired(slic),
+           _minimized(slic), COMPARISONS),
     Method("EXO, hard labels, smoothing 0.1", "the optimum (soft labels)", "its loss's minimum",
            _trainer("exo", label_smoothing=0.1),
-           _minimized(_library("exo_loss", label_smoothing=0.1)), COMPARISONS),
+           _minimized(library("exo_loss", label_smoothing=0.1)), COMPARISONS),
     Method("NCA, hard pairs", "the optimum (soft labels)", "its loss's minimum", _trainer("nca"),
-           _minimized(_library("nca_loss")), COMPARISONS),
+           _minimized(library("nca_loss")), COMPARISONS),
     Method("SPPO, one round, hard labels", "about IPO's", "its loss's minimum", _trainer("sppo"),
-           _minimized(_library("sppo_loss")), COMPARISONS),
+           _minimized(library("sppo_loss")), COMPARISONS),
     Method("RSO hinge", "-", "its loss's minimum", _trainer("rso_hinge"),
-           _minimized(_library("rso_hinge_loss")), COMPARISONS),
+           _minimized(library("rso_hinge_loss")), COMPARISONS),
     Method(
         "KTO", "-", "responses below win rate 1/2 vanish", lambda w: (
             losses.kto(w), losses.kto_batch(w), None
@@ -241,7 +246,7 @@ def _in_loss(estimator: str, *, scale: bool, price: float):
 POLICY_GRADIENT = [
     Method("REINFORCE", OPTIMUM, OPTIMUM, _gradient(losses.reinforce), optimum, GRADIENTS),
     Method("RLOO, K = 2", OPTIMUM, OPTIMUM, _group(pg.rloo_advantages), optimum, GRADIENTS),
-    Method("PPO, 4 epochs, exact critic, GAE 0.95", OPTIMUM, OPTIMUM, _ppo(4), optimum, GRADIENTS),
+    Method("PPO, 4 epochs, exact critic, GAE 0.95", OPTIMUM, OPTIMUM, _ppo(4), optimum, Run(1000, 1e-3)),
     Method("GRPO without std, KL in the reward", OPTIMUM, OPTIMUM, _group(_unscaled), optimum,
            GRADIENTS),
     Method("GRPO without std, KL in the reward, per-length mean", OPTIMUM, OPTIMUM,

@@ -9,8 +9,8 @@ from align_jax.losses import ranking
 from align_jax.models.heads import ScalarModel
 from tests.exact import losses
 from tests.exact.fixed_points import cyclic_preferences
-from tests.exact.language import Array, World, kl, normalized
-from tests.exact.training import Run, enumeration, policy_of, random_transformer, train, trained
+from tests.exact.language import Array, World, kl, normalized, token_policy
+from tests.exact.training import Run, policy_of, random_transformer, train, trained
 
 # Sets are in order of rank.
 SET_LOSSES = {
@@ -65,8 +65,6 @@ def reward_distance(world: World, fitted: Array) -> tuple[float, float]:
 
 def distil(world: World, k: int, run: Run) -> tuple[float, float]:
     """The top-k loss and KL(teacher || student) of a student trained on it."""
-    from tests.exact.language import token_policy
-
     prefix, _, _ = world.language.choices
     teacher = token_policy(world.language, world.reference)[:, prefix]
     batch = losses.policy_batch(world)
@@ -78,16 +76,25 @@ def distil(world: World, k: int, run: Run) -> tuple[float, float]:
     return value / len(world.reward), float(kl(world.reference, student).max())
 
 
-def play_cycle(world: World, run: Run) -> tuple[Array, Array]:
-    """SPO on cyclic preferences: the last policy and the mixture of all, `[N]`, first prompt."""
+def play_cycle(world: World, run: Run, *, price: float, every: int) -> tuple[Array, Array]:
+    """SPO on cyclic preferences: the last policy and the mixture of all, `[N]`, first prompt.
+
+    Each `every` steps the reference becomes the current policy: a proximal-point method, whose last
+    policy converges. Without a price of KL, self-play goes round the cycle.
+    """
     preferences, _ = cyclic_preferences(world)
-    loss = losses.self_play(world, preferences)
-    total, count = 0.0, 0
-    for step, model in enumerate(train(loss, random_transformer(0), enumeration(world.language), run)):
-        if step % 5 == 0:
-            last = np.exp(policy_of(model, world.language))[0]
-            total, count = total + last, count + 1
-    return last, total / count
+    loss = losses.self_play(world, preferences, price)
+    score = jax.jit(losses.log_probs_of)
+    batch = losses.policy_batch(world)
+
+    def refresh(step, model):
+        return None if step % every else {"sequence_reference": score(model, batch)}
+
+    seen = []
+    for step, model in enumerate(train(loss, random_transformer(0), batch, run, refresh)):
+        if step % 10 == 0:
+            seen.append(np.exp(policy_of(model, world.language))[0])
+    return seen[-1], np.mean(seen, 0)
 
 
 def fit_cycle(world: World, run: Run) -> Array:

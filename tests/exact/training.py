@@ -1,5 +1,6 @@
 """The project's own train step on the enumerated language: exact expectations as one batch."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ def random_transformer(seed: int = 0, *, scale: float = 4.0) -> Transformer:
 
 
 def enumeration(language: Language) -> Batch:
-    """Every response to every prompt, one a row: response P n + i is the i-th to prompt p."""
+    """Every response to every prompt, one a row: row p N + i is the i-th response to prompt p."""
     examples = [
         Example(
             id=p,
@@ -132,8 +133,8 @@ def make_world(max_length: int = 3, beta: float = 0.5, seed: int = 0) -> World:
 class Run:
     """How long and how fast to train."""
 
-    steps: int = 1000
-    learning_rate: float = 1e-2
+    steps: int
+    learning_rate: float
     schedule: str = "cosine"
 
     def optimizer_config(self):
@@ -177,9 +178,7 @@ def train(
 
 def trained(*args, **kwargs) -> Transformer:
     """The model `train` ends with."""
-    for model in train(*args, **kwargs):
-        pass
-    return model
+    return collections.deque(train(*args, **kwargs), maxlen=1).pop()
 
 
 def mean(values: jax.Array) -> LossSums:

@@ -37,7 +37,9 @@ def main() -> None:
         mesh = make_mesh(**sizes)
         model = sharper(load_model("tiny", mesh=mesh))
         assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(model))
-        for temperature, reference in expected.items():
+        # Sampling compiles as long again as greedy decoding: on the last mesh only.
+        temperatures = (0.0, 0.7) if sizes == MESHES[-1] else (0.0,)
+        for temperature, reference in ((t, expected[t]) for t in temperatures):
             with jax.set_mesh(mesh):
                 out = draw(model, temperature)
             np.testing.assert_array_equal(out.tokens, reference.tokens)

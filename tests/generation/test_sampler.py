@@ -1,4 +1,4 @@
-"""The sampler against the trainer's forward pass, against itself, and against loops without a cache."""
+"""The sampler against the trainer's forward pass, loops without a cache, and itself."""
 
 import dataclasses
 import functools
@@ -9,7 +9,6 @@ import sys
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,9 +34,16 @@ def model_of(name):
     return jax.tree.map(lambda x: 3 * x, model)
 
 
-@pytest.fixture(params=["tiny", "tiny:gpt2", "window"])
-def model(request):
-    return model_of(request.param)
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """For what runs once or twice: optimising the code costs more than it saves."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+MODELS = ("tiny", "tiny:gpt2", "window")
 
 
 def prompts_of(*lengths, seed=0):
@@ -87,10 +93,16 @@ def rows(generation, index):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, None, None), (0.7, None, None), (0.7, 20, None), (1.0, None, 0.8), (0.7, 20, 0.9)],
+    ("name", "temperature", "top_k", "top_p"),
+    [("tiny", 0.7, 20, None), ("tiny", 1.0, None, 0.8)]
+    + [
+        (name, *settings)
+        for name in MODELS
+        for settings in ((1.0, None, None), (0.7, None, None), (0.7, 20, 0.9))
+    ],
 )
-def test_log_probs_equal_the_trainers(model, temperature, top_k, top_p):
+def test_log_probs_equal_the_trainers(name, temperature, top_k, top_p):
+    model = model_of(name)
     prompts = prompts_of(1, 9, 16)
     out = generate(
         model,
@@ -117,9 +129,14 @@ def test_log_probs_equal_the_trainers(model, temperature, top_k, top_p):
         assert (np.asarray(out.log_probs) > token_log_probs(logits / temperature, out.tokens)).all()
 
 
-def test_greedy_equals_a_loop_without_a_cache(model):
-    prompts = prompts_of(1, 9, 16)
-    out = generate(model, prompts, key=jax.random.key(0), max_new_tokens=NEW, temperature=0.0)
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_equals_a_loop_without_a_cache(name):
+    model, prompts = model_of(name), prompts_of(1, 9, 16)
+    decode = functools.partial(
+        generate, model, prompts, max_new_tokens=NEW, temperature=0, samples_per_prompt=2
+    )
+    both = decode(key=jax.random.key(0))
+    out = rows(both, slice(0, None, 2))
     completions = [[] for _ in prompts]
     for step in range(NEW):
         logits = next_token_logits(model, prompts, completions)[:, step]
@@ -128,14 +145,13 @@ def test_greedy_equals_a_loop_without_a_cache(model):
     np.testing.assert_array_equal(out.tokens, completions)
     expected = token_log_probs(next_token_logits(model, prompts, completions), out.tokens)
     np.testing.assert_allclose(out.log_probs, expected, atol=1e-5)
-    other_key = generate(model, prompts, key=jax.random.key(1), max_new_tokens=NEW, temperature=0)
-    assert_same(out, other_key)
+    assert_same(rows(both, slice(1, None, 2)), out)
+    assert_same(decode(key=jax.random.key(1)), both)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny:gpt2"])
-def test_the_last_position_of_the_context_can_be_used(name):
+def test_the_last_position_of_the_context_can_be_used():
     """Here the prompt's bucket (24) is longer than the context: padding beyond it must not show."""
-    full = model_of(name)
+    full = model_of("tiny:gpt2")
     short = Transformer(dataclasses.replace(full.config, context_length=20), key=jax.random.key(0))
     leaves = [
         x[..., : y.shape[-2], :] if x.shape != y.shape else x
@@ -167,9 +183,11 @@ def test_buckets():
     assert [sampler.prompt_bucket(n) for n in LENGTHS] == [16, 16, 16, 24, 24, 32]
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny:gpt2", "window"])
-def test_prompts_of_mixed_lengths_equal_each_alone(name):
-    model, prompts, keys = model_of(name), prompts_of(*LENGTHS), keys_of(len(LENGTHS))
+@pytest.mark.parametrize(
+    ("name", "lengths"), [("tiny", LENGTHS), ("tiny:gpt2", (16, 17)), ("window", (16, 17))]
+)
+def test_prompts_of_mixed_lengths_equal_each_alone(name, lengths):
+    model, prompts, keys = model_of(name), prompts_of(*lengths), keys_of(len(lengths))
     together = generate(model, prompts, key=keys, max_new_tokens=NEW)
     for i, prompt in enumerate(prompts):
         alone = generate(model, [prompt], key=keys[i : i + 1], max_new_tokens=NEW)
@@ -198,7 +216,6 @@ def test_samples_of_a_prompt_are_distinct_and_depend_on_nothing_else():
     for i in range(3):
         samples = np.asarray(out.tokens[3 * i : 3 * i + 3])
         assert len({tuple(sample) for sample in samples}) == 3
-        assert len(set(samples[:, 0])) > 1 or i  # first tokens come from the one prefill
     others = generate(
         model,
         [prompts[1], *prompts_of(12, 3, seed=1)],
@@ -227,7 +244,7 @@ def test_one_key_serves_all_prompts():
 def test_stop_tokens_end_rows_and_change_nothing_before():
     model, prompts, keys = model_of("tiny"), prompts_of(1, 9, 16), keys_of(3)
     draw = functools.partial(
-        generate, model, prompts, key=keys, max_new_tokens=NEW, samples_per_prompt=2, top_k=30
+        generate, model, prompts, key=keys, max_new_tokens=NEW, samples_per_prompt=2
     )
     free = jax.tree.map(np.asarray, draw())
     # The first token of one row, one in the middle of another; the other rows go on to the end.
@@ -246,9 +263,8 @@ def test_stop_tokens_end_rows_and_change_nothing_before():
     for array in stopped:
         assert (np.asarray(array)[after] == 0).all()
     np.testing.assert_array_equal(stopped.mask, ~after)
-    never = draw(stop_tokens=[0, 263])
-    if not np.isin(free.tokens, [0, 263]).any():
-        assert_same(never, free)
+    unused = np.setdiff1d(np.arange(264), free.tokens)[:2]
+    assert_same(draw(stop_tokens=unused), free)
 
 
 @pytest.fixture
@@ -262,28 +278,24 @@ def count_draws(monkeypatch):
         return sample(logits, keys)
 
     monkeypatch.setattr(sampler, "sample", counting)
-    sampler._decode.clear_cache()
-    yield calls
-    sampler._decode.clear_cache()
+    return calls
 
 
 def test_the_loop_stops_when_all_rows_have(count_draws):
     model, prompts, keys = model_of("tiny"), prompts_of(3, 4), keys_of(2)
-    draw = functools.partial(generate, model, prompts, key=keys, max_new_tokens=200, top_k=5)
-    free = np.asarray(draw(stop_tokens=[-1]).tokens)
+    new = 61  # a shape of this test alone: only what is traced here counts its draws
+    draw = functools.partial(generate, model, prompts, key=keys, max_new_tokens=new)
+    free = np.asarray(draw(stop_tokens=[-1, -1]).tokens)
     jax.effects_barrier()
-    assert len(count_draws) == 200
+    assert len(count_draws) == new
     count_draws.clear()
-    first_rows = {int(t) for t in free[0, 2:4]}, {int(t) for t in free[1, 5:7]}
-    stop_tokens = [first_rows[0].pop(), first_rows[1].pop()]
+    stop_tokens = [int(free[0, 3]), int(free[1, 6])]
     last = max(int(np.flatnonzero(np.isin(row, stop_tokens))[0]) for row in free)
-    out = draw(stop_tokens=stop_tokens[:1] if last < 0 else stop_tokens)
+    out = draw(stop_tokens=stop_tokens)
     jax.effects_barrier()
-    assert last < 10 and len(count_draws) == last + 1
-    np.testing.assert_array_equal(np.asarray(out.mask).any(0), np.arange(200) <= last)
-    np.testing.assert_array_equal(
-        out.tokens[:, : last + 1] * 1, free[:, : last + 1] * out.mask[:, : last + 1]
-    )
+    assert 0 < last <= 6 and len(count_draws) == last + 1
+    np.testing.assert_array_equal(np.asarray(out.mask).any(0), np.arange(new) <= last)
+    np.testing.assert_array_equal(out.tokens, free * np.asarray(out.mask, np.int32))
 
 
 # Work and memory
@@ -291,7 +303,7 @@ def test_the_loop_stops_when_all_rows_have(count_draws):
 
 def prefill_shapes(samples):
     model = model_of("tiny")
-    tokens, lengths = np.ones((3, 16), np.int32), np.array([5, 16, 7], np.int32)
+    tokens, lengths = np.ones((3, 24), np.int32), np.array([5, 24, 7], np.int32)
     jaxpr = jax.make_jaxpr(sampler._prefill, static_argnums=(3, 4))(
         model, tokens, lengths, samples, 7
     )
@@ -309,23 +321,21 @@ def prefill_shapes(samples):
 def test_the_prompt_is_computed_and_kept_once_for_all_its_samples():
     products, cache, hidden = prefill_shapes(samples=5)
     assert len(products) > 5 and products == prefill_shapes(samples=1)[0]
-    c = model_of("tiny").config
+    model, n = model_of("tiny"), np.ones(3, np.int32)
+    c = model.config
     per_token = (c.num_kv_heads, c.head_dim)
     assert hidden.shape == (3, c.hidden_size)
-    assert cache.prompt_keys.shape == cache.prompt_values.shape == (2, 3, 16, *per_token)
+    assert cache.prompt_keys.shape == cache.prompt_values.shape == (2, 3, 24, *per_token)
     assert cache.sample_keys.shape == cache.sample_values.shape == (2, 3, 5, 7, *per_token)
     # Nor does decoding lay the prompt's keys out once per sample.
-    model, n = model_of("tiny"), np.ones(3, np.int32)
     decode = functools.partial(sampler._decode, greedy=False, top_k=None)
     jaxpr = jax.make_jaxpr(decode)(
         model, cache, hidden, n, keys_of(3), np.zeros(0, np.int32), 1.0, None
     )
     shapes = {v.aval.shape for e in equations(jaxpr.jaxpr) for v in e.outvars}
-    assert (3, 5, 7, *per_token) in shapes and (3, 16, *per_token) in shapes
-    repeated = 3 * 5 * 16 * c.num_kv_heads * c.head_dim
-    largest_of_cache = 2 * 3 * 5 * 7 * c.num_kv_heads * c.head_dim
+    assert (3, 5, 7, *per_token) in shapes and (3, 24, *per_token) in shapes
+    repeated = 3 * 5 * 24 * c.num_kv_heads * c.head_dim
     assert repeated not in {int(np.prod(shape)) for shape in shapes}
-    assert max(np.prod(shape) for shape in shapes) == max(largest_of_cache, 15 * c.vocab_size)
 
 
 def test_lengths_and_settings_within_a_bucket_compile_nothing_new():
@@ -354,8 +364,7 @@ def test_the_cache_is_donated(temperature):
     model, lengths = model_of("tiny"), np.array([5, 16], np.int32)
     cache, hidden = sampler._prefill(model, np.ones((2, 16), np.int32), lengths, 3, 9)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # "Some donated buffers were not usable"
-        sampler._decode.clear_cache()
+        warnings.simplefilter("error")  # "Some donated buffers were not usable", when compiling
         sampler._decode(
             model,
             cache,
@@ -404,6 +413,7 @@ def test_bad_arguments_are_errors_before_any_compilation(change, message):
 def test_meshes_of_eight_devices_draw_what_one_draws():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(HERE.parents[1]),
     }

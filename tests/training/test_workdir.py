@@ -28,6 +28,7 @@ def test_a_new_directory_is_made_and_claimed_and_the_same_config_continues_it(tm
 
 def test_another_experiment_is_refused_with_what_differs(tmp_path, config):
     Workdir(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text("")
     before = (tmp_path / "config.json").read_bytes()
     other = ConfigDict(config.to_dict() | {"seed": 1, "beta": 0.1})
     other.data.rate = 0.2
@@ -41,8 +42,21 @@ def test_another_experiment_is_refused_with_what_differs(tmp_path, config):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_run_that_was_stopped_before_it_began_can_be_given_another_config(tmp_path, config):
+    Workdir(tmp_path, config)
+    config.data.rate = 0.2
+    Workdir(tmp_path, config)
+    assert read_config(tmp_path)["data"]["rate"] == 0.2
+    # Somebody else's config.json is not ours to replace.
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(RunError, match="belongs to another experiment"):
+        Workdir(tmp_path, config)
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+
+
 def test_a_long_list_of_differences_is_cut(tmp_path, config):
     Workdir(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text("")
     other = ConfigDict({f"field_{i}": i for i in range(6)})
     with pytest.raises(RunError, match="; and 5 more"):
         Workdir(tmp_path, other)

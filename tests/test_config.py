@@ -1,0 +1,85 @@
+"""Reading an experiment: its file, its argument, and overrides."""
+
+import pathlib
+import sys
+
+import pytest
+
+from align_jax.config import load_config, parse_scale
+from align_jax.training.errors import RunError
+
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+DPO = f"{EXPERIMENTS / 'dpo.py'}:scale=tiny"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXPERIMENTS.glob("*.py")))
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+def test_every_experiment_has_every_scale(name, scale):
+    config = load_config(f"{EXPERIMENTS / name}.py:scale={scale}")
+    assert (config.model == "tiny") == (scale == "tiny")
+    assert {"algorithm", "seed", "data", "optimizer", "mesh"} <= set(config.keys())
+
+
+def test_the_scale_is_small_unless_said():
+    assert load_config(str(EXPERIMENTS / "dpo.py")).model == "smollm2"
+
+
+def test_overrides_reach_their_fields_with_their_types():
+    overrides = ["beta=0.5", "num_epochs=2", "data.batch_size=3", "data.length_buckets=(16, 32)"]
+    config = load_config(DPO, [f"--config.{item}" for item in overrides] + ["--config.loss=ipo"])
+    assert (config.beta, config.num_epochs, config.data.batch_size) == (0.5, 2.0, 3)
+    assert isinstance(config.num_epochs, float)
+    assert config.data.length_buckets == (16, 32)
+    assert config.loss == "ipo"
+    assert load_config(DPO).beta == 0.1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("betta=1", r"--config.betta: the config has no field 'betta'. Did you mean 'beta'\?"),
+        ("data.batchsize=1", "Did you mean 'data.batch_size'"),
+        ("batch_size=1", "Did you mean 'data.batch_size'"),
+        ("optimizer.learning_rat=1", "Did you mean 'optimizer.learning_rate'"),
+        ("zzz=1", "There are: algorithm, .*beta, .*data.batch_size"),
+        ("data.batch_size=many", "data.batch_size"),
+        ("data.batch_size=1.5", "data.batch_size"),
+        ("beta=__import__('os')", "beta"),
+    ],
+)
+def test_a_wrong_override_is_refused_by_its_name(override, message):
+    with pytest.raises(RunError, match=message) as caught:
+        load_config(DPO, [f"--config.{override}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_names_the_nearest(tmp_path):
+    with pytest.raises(RunError, match=r"there is no file .*dp.py. Did you mean '.*/dpo.py'\?"):
+        load_config(str(EXPERIMENTS / "dp.py"))
+    with pytest.raises(RunError, match="there is no file .*nowhere.py.$"):
+        load_config(str(tmp_path / "nowhere.py"))
+
+
+@pytest.mark.parametrize("argument", ["scale=huge", "tiny", "scale", "size=tiny", ""])
+def test_a_wrong_scale_is_refused_with_those_there_are(argument):
+    message = "expected one of 'scale=tiny', 'scale=small', 'scale=paper'"
+    with pytest.raises(RunError, match=message):
+        parse_scale(argument)
+    if argument:
+        with pytest.raises(RunError, match=message):
+            load_config(f"{EXPERIMENTS / 'dpo.py'}:{argument}")
+
+
+def test_a_file_without_get_config_is_said_to_have_none(tmp_path, monkeypatch):
+    # ml_collections runs every file in one module: an earlier file's function would be found.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(RunError, match=r"the file has no function get_config\(arg\)"):
+        load_config(str(tmp_path / "empty.py"))
+
+
+def test_an_error_inside_get_config_keeps_its_traceback(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("def get_config(arg):\n    return arg.nothing\n")
+    with pytest.raises(AttributeError, match="nothing"):
+        load_config(f"{file}:x")

@@ -1,0 +1,101 @@
+"""What imports what: the layers of docs/architecture.md, and losses that bring only jax along."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+import align_jax
+
+PACKAGE = pathlib.Path(align_jax.__file__).parent
+# From the top: a folder imports only from those after it.
+LAYERS = (
+    "algorithms",
+    "evaluation",
+    "training",
+    "rewards",
+    "generation",
+    "data",
+    "models",
+    "distributed",
+    "losses",
+)
+# What nobody who only starts a run or uses a part should wait for.
+HEAVY = {"transformers", "datasets", "tensorflow_datasets", "matplotlib", "orbax", "wandb", "gguf"}
+HEAVY |= {"tensorboardX", "huggingface_hub", "tokenizers", "vaderSentiment", "safetensors"}
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imports(path, *, at_module_level):
+    """Names of imported modules, those under `if TYPE_CHECKING` left out."""
+    tree = ast.parse((PACKAGE / path).read_text())
+    skipped = set()
+    for node in ast.walk(tree):
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and at_module_level
+        checking = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        if lazy or checking:
+            skipped.update(ast.walk(node))
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_folder_has_its_layer():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_a_folder_imports_only_from_those_below_it(path):
+    layer = path.split("/")[0]
+    ours = [name.split(".") for name in imports(path, at_module_level=False)]
+    used = {name[1] for name in ours if name[0] == "align_jax" and len(name) > 1}
+    if layer not in LAYERS:
+        return  # the top: main, config
+    assert used <= set(LAYERS[LAYERS.index(layer) :]), path
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_heavy_packages_are_imported_where_they_are_needed(path):
+    roots = {name.split(".")[0] for name in imports(path, at_module_level=True)}
+    assert not roots & HEAVY, path
+
+
+def test_the_checks_above_see_imports():
+    assert "align_jax.training.errors" in imports("main.py", at_module_level=False)
+    assert "align_jax.training.errors" not in imports("main.py", at_module_level=True)
+    assert "orbax.checkpoint" in imports("training/checkpoint.py", at_module_level=False)
+
+
+def run(script):
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return time.perf_counter() - started, set(done.stdout.split())
+
+
+def test_losses_bring_jax_alone_and_take_no_longer_than_jax():
+    show = "\nimport sys; print(*sys.modules)"
+    bare = [run("import jax, jax.numpy" + show) for _ in range(3)]
+    ours = [run("from align_jax import losses" + show) for _ in range(3)]
+    modules = ours[0][1]
+    assert "align_jax.losses" in modules
+    for package in ("flax", "optax", "transformers", "orbax", "ml_collections", "absl"):
+        assert package not in modules
+    assert min(ours)[0] < min(bare)[0] + 0.3
+
+
+def test_the_command_line_shows_its_help_without_jax():
+    _, modules = run("import sys\nimport align_jax.main\nprint(*sys.modules)")
+    assert "jax" not in modules
