@@ -20,7 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 
-
 # What launch/local.sh sets; the peer gets it too.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",

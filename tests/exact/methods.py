@@ -57,9 +57,9 @@ def optimum(world: World) -> Array:
 
 
 OPTIMUM = "the optimum"
-COMPARISONS = Run(steps=300, learning_rate=1e-3)
+COMPARISONS = Run(steps=400, learning_rate=1e-3)
 SLOW_COMPARISONS = Run(steps=1500, learning_rate=1e-3)
-GRADIENTS = Run(steps=700, learning_rate=1e-3)
+GRADIENTS = Run(steps=800, learning_rate=1e-3)
 
 
 def _trainer(name: str, *, flip_rate: float = 0.0, **fixed: float):
@@ -246,7 +246,8 @@ def _in_loss(estimator: str, *, scale: bool, price: float):
 POLICY_GRADIENT = [
     Method("REINFORCE", OPTIMUM, OPTIMUM, _gradient(losses.reinforce), optimum, GRADIENTS),
     Method("RLOO, K = 2", OPTIMUM, OPTIMUM, _group(pg.rloo_advantages), optimum, GRADIENTS),
-    Method("PPO, 4 epochs, exact critic, GAE 0.95", OPTIMUM, OPTIMUM, _ppo(4), optimum, Run(1000, 1e-3)),
+    Method("PPO, 4 epochs, exact critic, GAE 0.95", OPTIMUM, OPTIMUM, _ppo(4), optimum,
+           Run(1200, 1e-3)),
     Method("GRPO without std, KL in the reward", OPTIMUM, OPTIMUM, _group(_unscaled), optimum,
            GRADIENTS),
     Method("GRPO without std, KL in the reward, per-length mean", OPTIMUM, OPTIMUM,

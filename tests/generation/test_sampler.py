@@ -37,7 +37,7 @@ def model_of(name):
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly():
     """For what runs once or twice: optimising the code costs more than it saves."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
