@@ -106,11 +106,12 @@ def make_train_step(
     """
 
     def gradients(model, batch):
-        def summed(model):
+        def objective(model):
             sums = loss_function(model, batch)
-            return sums.loss, sums
+            # An undivided batch is normalised here, which spares a pass over all gradients.
+            return sums.loss if accumulated else sums.loss / jnp.maximum(sums.weight, 1.0), sums
 
-        (_, sums), grads = jax.value_and_grad(summed, has_aux=True)(model)
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(model)
         return sums, grads
 
     def train_step(state: TrainState, batch: Batch):
@@ -125,10 +126,10 @@ def make_train_step(
                 zeros,
                 batch,
             )
+            grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1.0), grads)
         else:
             sums, grads = gradients(state.model, batch)
         scale = 1.0 / jnp.maximum(sums.weight, 1.0)
-        grads = jax.tree.map(lambda g: g * scale, grads)
         updates, moments = optimizer.update(grads, state.optimizer, state.model)
         metrics = {
             "loss": sums.loss * scale,

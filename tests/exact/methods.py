@@ -58,7 +58,7 @@ def optimum(world: World) -> Array:
 
 OPTIMUM = "the optimum"
 COMPARISONS = Run(steps=400, learning_rate=1e-3)
-SLOW_COMPARISONS = Run(steps=1500, learning_rate=1e-3)
+SLOW_COMPARISONS = Run(steps=800, learning_rate=1e-3)
 GRADIENTS = Run(steps=800, learning_rate=1e-3)
 
 
@@ -253,7 +253,7 @@ POLICY_GRADIENT = [
     Method("GRPO without std, KL in the reward, per-length mean", OPTIMUM, OPTIMUM,
            _group(_unscaled, aggregation="grpo"), optimum, GRADIENTS),
     Method("GRPO with std, KL in the reward, K = 2", "-", OPTIMUM + " (all advantages 0)",
-           _group(pg.grpo_advantages), optimum, GRADIENTS),
+           _group(pg.grpo_advantages), optimum, Run(4000, 1e-3)),
     Method("GRPO without std, k2 in the loss, K = 2", OPTIMUM, "ref exp(Q / 2 beta) by symbol",
            _group(_unscaled, kl_estimator="k2"), _in_loss("k2", scale=False, price=1.0),
            GRADIENTS),

@@ -27,7 +27,7 @@ from tests.exact.training import Run, make_world
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- exact: begin -->", "<!-- exact: end -->"
-LONGER = ("DPO", "IPO", "REINFORCE", "RLOO, K = 2", "PPO, 4 epochs, exact critic, GAE 0.95")
+LONGER = ("DPO", "REINFORCE", "RLOO, K = 2", "PPO, 4 epochs, exact critic, GAE 0.95")
 
 
 def nats(x: float) -> str:

@@ -351,7 +351,9 @@ LARGE = {"B": 2, "T": 48, "V": 1000, "D": 4}  # B*T*V is by far the largest prod
 
 
 @pytest.mark.parametrize("differentiate", [False, True], ids=["forward", "gradient"])
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "checkpoint"]
+)
 def test_no_array_of_the_size_of_the_logits(differentiate, wrap):
     b, t, v, d = LARGE.values()
     hidden, unembedding, tokens = jnp.ones((b, t, d)), jnp.ones((v, d)), jnp.zeros((b, t), int)

@@ -40,10 +40,12 @@ def files():
 
 
 def brute_force(model, prompt, response):
-    """Sum of a response's log-probabilities, alone in a row and without padding."""
-    tokens = np.concatenate([prompt, response])[None]
-    logits = model.logits(model(tokens))[:, len(prompt) - 1 : -1]
-    return float(token_log_probs(logits, response[None]).sum())
+    """Sum of a response's log-probabilities, alone in a row."""
+    tokens = np.zeros((1, 32), np.int32)
+    end = len(prompt) + len(response)
+    tokens[0, :end] = np.concatenate([prompt, response])  # what follows is not seen
+    logits = jax.jit(lambda m, t: m.logits(m(t)))(model, tokens)[0, len(prompt) - 1 : end - 1]
+    return float(token_log_probs(logits, response).sum())
 
 
 def test_values_are_those_of_each_response_alone_in_the_order_of_the_examples(mesh, data, examples):

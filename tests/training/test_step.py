@@ -38,7 +38,7 @@ UNEQUAL = [
 def one_step(mesh, loss_function, examples, attach, **data):
     """Metrics of one step of plain SGD at rate 1 and the parameters after it."""
     data = offline.default_data_config(
-        batch_size=len(examples), length_buckets=(16, 64, 128), target_buckets=(16, 128), **data
+        batch_size=len(examples), length_buckets=(16, 64, 192), target_buckets=(16, 192), **data
     )
     optimizer = optax.sgd(1.0)
     state = init_state(load_model("tiny", mesh=mesh), optimizer, mesh)
