@@ -18,7 +18,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     config.loss = "dpo"
     config.beta = 0.1
     config.reward = "vader"
-    config.optimizer = default_optimizer_config(learning_rate=6e-5, warmup_steps=2)
+    config.optimizer = default_optimizer_config(learning_rate=5e-5, warmup_steps=2)
     config.data = default_data_config(batch_size=16, rows=4, max_length=64)
     config.sampling = ConfigDict(
         {
