@@ -1,7 +1,13 @@
 """DPO on preference pairs (Rafailov et al. 2023, arXiv:2305.18290).
 
-launch/local.sh experiments/dpo.py
-launch/local.sh experiments/dpo.py --config.data.source=pairs.jsonl --config.beta=0.05
+Run it with
+
+    launch/local.sh experiments/dpo.py
+    launch/local.sh experiments/dpo.py --config.data.source=pairs.jsonl --config.beta=0.05
+
+`scale=tiny` takes 12 s on 2 cores, compilation included; the tests check that it learns.
+`scale=small` trains SmolLM2 on built-in data; `scale=paper` follows the paper as the comments in it
+say. Neither of these two has been measured yet.
 """
 
 from ml_collections import ConfigDict

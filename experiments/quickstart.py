@@ -1,7 +1,24 @@
 """Controlled sentiment with DPO on SmolLM2-135M-Instruct, in minutes on a CPU.
 
-launch/local.sh experiments/quickstart.py
-launch/local.sh experiments/quickstart.py --workdir=runs/seed1 --config.seed=1
+The experiment of Rafailov et al. 2023 (arXiv:2305.18290), section 6.1, with made openings in place
+of movie-review prefixes and VADER in place of a sentiment classifier. Run it with
+
+    launch/local.sh experiments/quickstart.py
+    launch/local.sh experiments/quickstart.py --workdir=runs/seed1 --config.seed=1
+
+It takes under 4 minutes on 2 cores after installation, and 4 GiB. On held-out openings:
+
+    seed   mean VADER (base)        win rate   KL nats   distinct-2 (base)
+    0      0.389 +- 0.055 (0.162)   0.663      1.45      0.884 (0.904)
+    1      0.479 +- 0.060 (0.139)   0.744      2.94      0.853 (0.898)
+    2      0.461 +- 0.055 (0.144)   0.722      2.47      0.868 (0.892)
+
+Best of 4 of the base has 0.53-0.56 at no more than 0.64 nats: per nat DPO does not beat it. The
+spread between seeds is that of 10 steps on 160 openings. At beta 0.1 and 5e-5 seed 1 came to 0.574
+but at 5.3 nats and distinct-2 0.820.
+
+`scale=tiny`: random weights and a length reward, seconds. `scale=paper`: GPT-2 large, batches of 64
+and the paper's learning rate, with VADER and made openings still; it has not been run.
 """
 
 from ml_collections import ConfigDict
@@ -16,9 +33,9 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     config = default_run_config()
     config.algorithm = "controlled_sentiment"
     config.loss = "dpo"
-    config.beta = 0.1
+    config.beta = 0.3  # at 0.1 one seed in three drifts past 5 nats
     config.reward = "vader"
-    config.optimizer = default_optimizer_config(learning_rate=5e-5, warmup_steps=2)
+    config.optimizer = default_optimizer_config(learning_rate=4e-5, warmup_steps=2)
     config.data = default_data_config(batch_size=16, rows=4, max_length=64)
     config.sampling = ConfigDict(
         {
@@ -39,6 +56,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         config.evaluation.update(prompts=4, base_samples=16, trained_samples=4)
     elif scale == "paper":
         config.model = "gpt2-large"
+        config.beta = 0.1
         config.compute_dtype = "bfloat16"
         config.optimizer.update(learning_rate=1e-6, warmup_steps=150)
         config.data.update(batch_size=64, rows=0)

@@ -1,7 +1,13 @@
 """Supervised fine-tuning on demonstrations (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
 
-launch/local.sh experiments/sft.py
-launch/local.sh experiments/sft.py --config.data.source=demonstrations.jsonl
+Run it with
+
+    launch/local.sh experiments/sft.py
+    launch/local.sh experiments/sft.py --config.data.source=demonstrations.jsonl
+
+`scale=tiny` takes 12 s on 2 cores, compilation included; the tests check that it learns.
+`scale=small` trains SmolLM2 on built-in data; `scale=paper` follows the paper as the comments in it
+say. Neither of these two has been measured yet.
 """
 
 from ml_collections import ConfigDict
