@@ -9,8 +9,10 @@ order):
     branch_ids      [R,T] int32    0 = prompt; 1, 2, ... = its responses, blind to each other
     predict_from    [R,S] int32    index in the row of the hidden state that predicts the target
     targets         [R,S] int32    the token to be predicted
-    target_mask     [R,S] float32  1 where the target counts
+    target_mask     [R,S] float32  the weight of the target: 1, 0 where padded
     target_response [R,S] int32    the response (0..N-1) the target belongs to, 0 where masked
+    response_row    [N]   int32    the row that the response stands in
+    response_end    [N]   int32    index in that row of its last token, EOS included
 
 A prompt is there once for all its responses, and only positions with a target reach the vocabulary.
 """
@@ -63,17 +65,20 @@ def build_batch(
             f"{rows} rows for {len(examples)} examples: expected from 1 to {len(examples)}"
         )
     first_response = np.cumsum([0, *(len(example.responses) for example in examples)])
+    response_row, response_end = np.zeros((2, first_response[-1]), np.int32)
     placed = [_Row() for _ in range(rows)]
-    for row, members in zip(placed, _assign(examples, rows), strict=True):
+    for r, (row, members) in enumerate(zip(placed, _assign(examples, rows), strict=True)):
         for segment, index in enumerate(members, start=1):
-            row.add(examples[index], segment, int(first_response[index]))
+            ends = row.add(examples[index], segment, int(first_response[index]))
+            numbers = slice(first_response[index], first_response[index + 1])
+            response_row[numbers], response_end[numbers] = r, ends
     length = round_up_to_bucket(max(row.length for row in placed), length_buckets)
     targets = round_up_to_bucket(
         max(sum(map(len, row.columns["targets"])) for row in placed),
         target_buckets,
         key="data.target_buckets",
     )
-    batch = {}
+    batch = {"response_row": response_row, "response_end": response_end}
     for name in _TOKEN_ARRAYS + _TARGET_ARRAYS:
         width = length if name in _TOKEN_ARRAYS else targets
         out = np.zeros((rows, width), np.float32 if name == "target_mask" else np.int32)
@@ -82,23 +87,6 @@ def build_batch(
             out[r, : len(values)] = values
         batch[name] = out
     return batch
-
-
-def pad_prompts(
-    prompts: Sequence[Sequence[int]], buckets: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads prompts to one bucket: tokens `[B,T]` int32 and lengths `[B]` int32.
-
-    Raises DataError if there is no prompt, one is empty, or no bucket holds the longest.
-    """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if lengths.size == 0 or lengths.min() == 0:
-        what = f"prompt {int(lengths.argmin())} is empty" if lengths.size else "there is no prompt"
-        raise DataError(f"{what}: expected prompts of one token or more")
-    tokens = np.zeros((len(prompts), round_up_to_bucket(int(lengths.max()), buckets)), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, lengths
 
 
 def separate_responses(examples: Sequence[Example]) -> list[Example]:
@@ -127,7 +115,12 @@ class _Row:
             name: [] for name in _TOKEN_ARRAYS + _TARGET_ARRAYS
         }
 
-    def add(self, example: Example, segment: int, first_response: int) -> None:
+    def add(self, example: Example, segment: int, first_response: int) -> list[int]:
+        """Appends an example; returns the index in the row of each response's last token.
+
+        An empty response ends where what stands before it does.
+        """
+        ends = []
         start, prompt_length = self.length, len(example.prompt)
         self._append_tokens(example.prompt, 0, segment, 0)
         pairs = zip(example.responses, example.response_masks, strict=True)
@@ -144,8 +137,10 @@ class _Row:
             size = int(counts.sum())
             self.columns["predict_from"].append(predictor[counts])
             self.columns["targets"].append(np.asarray(response)[counts])
-            self.columns["target_mask"].append(np.ones(size, np.float32))
+            self.columns["target_mask"].append(np.asarray(mask, np.float32)[counts])
             self.columns["target_response"].append(np.full(size, first_response + offset))
+            ends.append(max(self.length - 1, 0))
+        return ends
 
     def _append_tokens(self, tokens: np.ndarray, position: int, segment: int, branch: int) -> None:
         size = len(tokens)

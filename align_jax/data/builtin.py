@@ -1,4 +1,4 @@
-"""Made data, the same on every machine: neutral review openings, and tiny sets with a plain rule.
+"""Made data, the same on every machine: neutral review openings, tiny sets with a plain rule, sums.
 
 The openings are for controlled sentiment generation (DPO, arXiv:2305.18290, section 6.1; Ziegler et
 al., arXiv:1909.08593): they stop in mid-sentence where an opinion follows, and score exactly 0 with
@@ -80,11 +80,29 @@ def load_builtin(name: str, split: str | None = None) -> list[dict[str, Any]]:
     if name == "review_openings":
         openings = review_openings(split or "train", 256)
         return [{"prompt": opening} for opening in openings]
+    if name == "arithmetic":
+        return arithmetic(split or "train")
     if name not in _TINY:
         raise DataError(f"no built-in data set {name!r}: expected one of {', '.join(NAMES)}")
     if split not in (None, "train"):
         raise DataError(f"builtin:{name} has no split {split!r}: expected train")
     return [_TINY[name](int(number)) for number in permutation(128, 0)]
+
+
+def arithmetic(split: str) -> list[dict[str, Any]]:
+    """Sums of two numbers from 1 to 22 with their answers: {"prompt": "7 + 12 =", "answer": 19}.
+
+    189 for `train`, 64 for `held_out`; no two are of the same numbers, so a held-out sum is not a
+    trained one in the other order. Raises DataError for another split.
+    """
+    if split not in ("train", "held_out"):
+        raise DataError(f"arithmetic has no split {split!r}: expected train or held_out")
+    pairs = list(itertools.combinations_with_replacement(range(1, 23), 2))
+    mixed = [pairs[i] for i in permutation(len(pairs), 0)]
+    # Every other one with the larger number first.
+    mixed = [(b, a) if number % 2 else (a, b) for number, (a, b) in enumerate(mixed)]
+    chosen = mixed[:189] if split == "train" else mixed[189:]
+    return [{"prompt": f"{a} + {b} =", "answer": a + b} for a, b in chosen]
 
 
 def _tiny_sft(number: int) -> dict[str, Any]:
@@ -122,9 +140,18 @@ def _tiny_chat(number: int) -> dict[str, Any]:
     return {"prompt": prompt, **answers}
 
 
+def _tiny_ranked(number: int) -> dict[str, Any]:
+    """Two to four answers in any order: each question mark at its end makes one worse."""
+    pair = _tiny_preference(number)
+    order = permutation(2 + number % 3, 1, number).tolist()
+    completions = [pair["chosen"] + "?" * rank for rank in order]
+    return {"prompt": pair["prompt"], "completions": completions, "ranks": order}
+
+
 _TINY = {
     "tiny_sft": _tiny_sft,
     "tiny_preferences": _tiny_preference,
     "tiny_chat_preferences": _tiny_chat,
+    "tiny_ranked": _tiny_ranked,
 }
-NAMES = (*_TINY, "review_openings")
+NAMES = (*_TINY, "arithmetic", "review_openings")

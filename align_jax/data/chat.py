@@ -27,7 +27,8 @@ class Example:
     """One tokenised record.
 
     `prompt` `[P]` int32; `responses`, each `[L]` int32 (none for a prompt record; chosen before
-    rejected for a preference); `response_masks`, each `[L]` float32, 1 where a token is trained on;
+    rejected for a preference); `response_masks`, each `[L]` float32, the weight of a token: 1 where
+    it is trained on;
     `id` is the record's number in its source; `extras` holds `where` and what else the record had:
     `margin`, `strength`, `label`, `ranks`.
     """
@@ -47,6 +48,7 @@ def encode_record(
     kind: str,
     max_length: int,
     max_prompt_length: int | None = None,
+    min_prompt_length: int = 1,
     overlong: str = "error",
     append_eos: bool = True,
 ) -> Example | None:
@@ -54,7 +56,8 @@ def encode_record(
 
     Returns None if the record has a response over the limit and `overlong` is "drop".
     """
-    encoder = _Encoder(tokenizer, kind, max_length, max_prompt_length, overlong, append_eos)
+    limits = (max_length, max_prompt_length, min_prompt_length)
+    encoder = _Encoder(tokenizer, kind, *limits, overlong, append_eos)
     return encoder.encode([(id, record)])[0]
 
 
@@ -65,6 +68,7 @@ def encode_records(
     kind: str,
     max_length: int,
     max_prompt_length: int | None = None,
+    min_prompt_length: int = 1,
     overlong: str = "error",
     append_eos: bool = True,
     progress: Callable[[int], Any] | None = None,
@@ -72,14 +76,17 @@ def encode_records(
     """Tokenises records; the id of an example is its record's index.
 
     `max_length` bounds prompt + longest response in tokens, EOS included; a prompt is cut on the
-    left to the room its longest response leaves (and to `max_prompt_length`). A response that alone
-    leaves no room for one prompt token is an error, is cut at its end and gets no EOS ("truncate"),
-    or its record is left out ("drop"). `progress` is called with the number of records just done.
+    left to the room its longest response leaves (and to `max_prompt_length`). A response that
+    leaves its prompt less than `min_prompt_length` tokens (or than half of `max_length`, or the
+    prompt's own length if that is shorter) is an error, is cut at its end and gets no EOS
+    ("truncate"), or its record is left out ("drop"). `progress` is called with the number of
+    records just done.
 
     Raises DataError for a response over the limit, a template that cannot render a record, a
     tokenizer without EOS, or if nothing is left.
     """
-    encoder = _Encoder(tokenizer, kind, max_length, max_prompt_length, overlong, append_eos)
+    limits = (max_length, max_prompt_length, min_prompt_length)
+    encoder = _Encoder(tokenizer, kind, *limits, overlong, append_eos)
     examples: list[Example] = []
     for start in range(0, len(records), _CHUNK):
         chunk = list(enumerate(records[start : start + _CHUNK], start=start))
@@ -120,11 +127,22 @@ class _Draft:
 
 
 class _Encoder:
-    def __init__(self, tokenizer, kind, max_length, max_prompt_length, overlong, append_eos):
+    def __init__(
+        self,
+        tokenizer,
+        kind,
+        max_length,
+        max_prompt_length,
+        min_prompt_length,
+        overlong,
+        append_eos,
+    ):
         if max_length < 2:
             raise DataError(f"data.max_length is {max_length}; expected at least 2 tokens")
         if max_prompt_length is not None and max_prompt_length < 1:
             raise DataError(f"data.max_prompt_length is {max_prompt_length}; expected at least 1")
+        if min_prompt_length < 1:
+            raise DataError(f"data.min_prompt_length is {min_prompt_length}; expected at least 1")
         if overlong not in OVERLONG:
             raise DataError(f"data.overlong is {overlong!r}; expected one of {', '.join(OVERLONG)}")
         self.eos = tokenizer.eos_token_id
@@ -134,6 +152,7 @@ class _Encoder:
         self.kind = kind
         self.max_length = max_length
         self.max_prompt_length = max_length if max_prompt_length is None else max_prompt_length
+        self.min_prompt_length = min_prompt_length
         self.overlong = overlong
         self.append_eos = append_eos
         # Plain text gets the BOS that the tokenizer itself would add; a chat template writes its
@@ -248,7 +267,9 @@ class _Encoder:
             responses.append(ids)
             masks.append(mask)
         longest = max(map(len, responses), default=0)
-        limit = self.max_length - bool(prompt)
+        half = min(len(prompt), self.max_prompt_length, self.max_length // 2)
+        kept = min(half, self.min_prompt_length)
+        limit = self.max_length - kept
         if longest > limit:
             if self.overlong == "drop":
                 return None
@@ -256,11 +277,11 @@ class _Encoder:
                 raise DataError(
                     f"{draft.extras['where']}: a response of {longest} tokens is over the limit of "
                     f"{limit} (data.max_length = {self.max_length}"
-                    f"{', less one for the prompt' if prompt else ''}): raise data.max_length, or "
-                    "set data.overlong to 'truncate' or 'drop'"
+                    f"{f', less {kept} for the prompt' if kept else ''}): raise data.max_length, "
+                    "or set data.overlong to 'truncate' or 'drop'"
                 )
             # The prompt keeps up to half: a cut response is of use, one without its prompt is not.
-            limit = self.max_length - min(len(prompt), self.max_prompt_length, self.max_length // 2)
+            limit = self.max_length - half
             responses = [ids[:limit] for ids in responses]
             masks = [mask[:limit] for mask in masks]
             longest = max(map(len, responses))

@@ -23,7 +23,10 @@ REQUIRED = {
     "labelled": (("prompt", "completion", "label"),),
     "prompt": (("prompt",),),
 }
-OPTIONAL = {"preference": ("prompt", "margin", "strength")}
+OPTIONAL = {
+    "preference": ("prompt", "margin", "strength"),
+    "prompt": ("answer", "safety"),
+}
 KINDS = tuple(REQUIRED)
 
 # What other tools call our fields and roles: difflib alone would not find them.
@@ -66,7 +69,8 @@ def parse_record(raw: Any, *, kind: str, where: str) -> Record:
 
     Kinds: `sft` (`text` | `messages` | `prompt` + `completion`), `preference` (`chosen` +
     `rejected`, with `prompt` or whole dialogues, + `margin`, + `strength`), `ranked` (`prompt` +
-    `completions` + `ranks`, 0 is best), `labelled` (`prompt` + `completion` + `label`), `prompt`.
+    `completions` + `ranks`, 0 is best), `labelled` (`prompt` + `completion` + `label`), `prompt` (+
+    `answer`, a string or a number, + `safety`, a boolean: what rewards look at).
     In the normal form a preference always has its `prompt`, a response to a message prompt is a
     list of one assistant message, fields the kind does not use are gone, and `where` is kept for
     later messages.
@@ -356,7 +360,20 @@ def _parse_prompt(fields: Record, where: str) -> Record:
     prompt = _prompt(fields["prompt"], where)
     if isinstance(prompt, str) and not prompt.strip():
         raise _wrong(where, "prompt", prompt, "text to continue")
-    return {"prompt": prompt}
+    record = {"prompt": prompt}
+    if "answer" in fields:
+        answer = fields["answer"]
+        if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+            raise _wrong(where, "answer", answer, "a string or a number")
+        # As it is: a whole number stays one, and 0.1 is not rounded.
+        record["answer"] = (
+            answer if isinstance(answer, str | int) else _number(answer, "answer", where)
+        )
+    if "safety" in fields:
+        if not isinstance(fields["safety"], bool):
+            raise _wrong(where, "safety", fields["safety"], "true or false")
+        record["safety"] = fields["safety"]
+    return record
 
 
 _PARSERS = {

@@ -5,6 +5,9 @@
     tfds:NAME[#split]                  through `tfds.data_source`, without TensorFlow
     builtin:NAME[#split]               data/builtin.py
 
+Any of them may end in `:field=their_field[,...]`, where a file calls our fields otherwise:
+`train.jsonl:prompt=question`.
+
 All records are validated before the first one is returned.
 """
 
@@ -21,10 +24,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from align_jax.data import builtin
-from align_jax.data.formats import DataError, Record, parse_record
+from align_jax.data.formats import OPTIONAL, REQUIRED, DataError, Record, parse_record
 
 FILE_TYPES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _INVALID = ("error", "drop")
+_FIELDS = re.compile(r":(\w+=[^,=:#/]+(?:,\w+=[^,=:#/]+)*)$")
 _log = logging.getLogger(__name__)
 
 Rows = Iterator[tuple[str, Any]]
@@ -40,13 +44,14 @@ def load_records(
     with two prompts) and logs how many; a file that cannot be read to its end is always an error.
 
     Raises DataError with one message: a source that is not there (and what is near it), broken
-    JSON, not UTF-8, a file cut short, a wrong field, no records.
+    JSON, not UTF-8, a file cut short, a wrong field, no records, a field renamed to one that the
+    kind does not have.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; expected at least 1, or none")
     if invalid not in _INVALID:
         raise DataError(f"data.invalid is {invalid!r}; expected one of {', '.join(_INVALID)}")
-    source = os.fspath(source)
+    source, fields = _split_fields(os.fspath(source), kind)
     scheme, colon, rest = source.partition(":")
     if colon and scheme in _SCHEMES:
         rows = _SCHEMES[scheme](rest)
@@ -56,12 +61,13 @@ def load_records(
             + ", ".join(f"{name}:" for name in _SCHEMES)
         )
     else:
-        rows = _read_file(os.path.expanduser(source))
+        rows = read_file(os.path.expanduser(source))
     records: list[Record] = []
     dropped: list[DataError] = []
     for where, raw in rows:
         try:
-            records.append(parse_record(raw, kind=kind, where=where))
+            renamed = _rename(raw, fields, where)
+            records.append(parse_record(renamed, kind=kind, where=where))
         except DataError as error:
             if invalid == "error":
                 raise
@@ -79,7 +85,39 @@ def load_records(
     return records
 
 
-def _read_file(path: str) -> Rows:
+def _split_fields(source: str, kind: str) -> tuple[str, dict[str, str]]:
+    """`PATH:prompt=question` as the source `PATH` and the fields {"prompt": "question"}."""
+    found = _FIELDS.search(source)
+    if not found or os.path.exists(os.path.expanduser(source)):
+        return source, {}
+    pairs = [pair.split("=") for pair in found[1].split(",")]
+    known = {name for form in REQUIRED.get(kind, ()) for name in form} | {*OPTIONAL.get(kind, ())}
+    for index, (name, _) in enumerate(pairs):
+        if known and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(sorted(known))}"
+            raise DataError(f"{source}: kind '{kind}' has no field '{name}'; {hint}")
+        if name in [other for other, _ in pairs[:index]]:
+            raise DataError(f"{source}: field '{name}' is renamed twice")
+    return source[: found.start()], {name: theirs for name, theirs in pairs}
+
+
+def _rename(raw: Any, fields: dict[str, str], where: str) -> Any:
+    """The record under our names; what else it holds under these names is left out."""
+    if not fields or not isinstance(raw, dict):
+        return raw
+    for name, theirs in fields.items():
+        if theirs not in raw:
+            raise DataError(
+                f"{where}: field '{theirs}' is missing, which the source gives as '{name}'; the "
+                f"record has {', '.join(map(repr, raw)) or 'no fields'}"
+            )
+    rest = {name: value for name, value in raw.items() if name not in fields.values()}
+    return rest | {name: raw[theirs] for name, theirs in fields.items()}
+
+
+def read_file(path: str) -> Rows:
+    """("FILE:LINE", value) of each record of a JSON file, not validated; DataError as above."""
     if not os.path.isfile(path):
         raise DataError(_explain_missing(path))
     if not path.endswith(FILE_TYPES):

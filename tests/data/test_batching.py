@@ -5,12 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align_jax.data.batching import (
-    build_batch,
-    pad_prompts,
-    round_up_to_bucket,
-    separate_responses,
-)
+from align_jax.data.batching import build_batch, round_up_to_bucket, separate_responses
 from align_jax.data.chat import Example
 from align_jax.data.formats import DataError
 
@@ -93,7 +88,19 @@ def test_a_batch_holds_exactly_the_predictions_of_its_examples(examples, data):
             assert not batch[name][r, slots:].any()
     for name, array in batch.items():
         assert array.dtype == (np.float32 if name == "target_mask" else np.int32)
-        assert array.shape[0] == rows and array.shape[1] in BUCKETS
+        if not name.startswith("response_"):
+            assert array.shape[0] == rows and array.shape[1] in BUCKETS
+    responses = [response for e in examples for response in e.responses]
+    prompts = [e.prompt for e in examples for _ in e.responses]
+    ends = zip(batch["response_row"], batch["response_end"], strict=True)
+    for (r, end), prompt, response in zip(ends, prompts, responses, strict=True):
+        segment, branch = batch["segment_ids"][r], batch["branch_ids"][r]
+        assert segment[end] > 0 and branch[end] > 0
+        alike = (segment == segment[end]) & (branch == branch[end])
+        assert np.flatnonzero(alike)[-1] == end
+        np.testing.assert_array_equal(batch["tokens"][r, alike], response)
+        on_prompt = (segment == segment[end]) & (branch == 0)
+        np.testing.assert_array_equal(batch["tokens"][r, on_prompt], prompt)
 
 
 @settings(max_examples=50, deadline=None)
@@ -119,10 +126,19 @@ def test_a_preference_pair_by_hand():
         "targets": [[7, 2, 8, 0], [9, 2, 0, 0]],
         "target_mask": [[1, 1, 1, 0], [1, 1, 0, 0]],
         "target_response": [[0, 0, 1, 0], [2, 3, 0, 0]],
+        "response_row": [0, 0, 1, 1],
+        "response_end": [3, 4, 1, 2],
     }
     assert set(batch) == set(expected)
     for name, values in expected.items():
         np.testing.assert_array_equal(batch[name], values, err_msg=name)
+
+
+def test_a_target_keeps_the_weight_of_its_token():
+    one = example([5, 6], [[7, 2, 9], [8, 2]], masks=[[1, 0.25, 0], [0.5, 1]])
+    batch = build_batch([one], rows=1, length_buckets=(8,), target_buckets=(5,))
+    np.testing.assert_array_equal(batch["targets"], [[7, 2, 8, 2, 0]])
+    np.testing.assert_array_equal(batch["target_mask"], [[1, 0.25, 0.5, 1, 0]])
 
 
 def test_text_without_a_prompt_does_not_predict_its_first_token():
@@ -155,16 +171,3 @@ def test_widths_are_the_smallest_buckets():
     with pytest.raises(DataError, match="2 rows for 1 examples"):
         build_batch([one], rows=2, length_buckets=(16,), target_buckets=(8,))
     assert [round_up_to_bucket(n, (8, 4)) for n in (0, 4, 5, 8)] == [4, 4, 8, 8]
-
-
-def test_prompts_are_padded_on_the_right():
-    tokens, lengths = pad_prompts([[1, 2, 3], np.array([4])], (2, 4))
-    np.testing.assert_array_equal(tokens, [[1, 2, 3, 0], [4, 0, 0, 0]])
-    np.testing.assert_array_equal(lengths, [3, 1])
-    assert tokens.dtype == lengths.dtype == np.int32
-    with pytest.raises(DataError, match="prompt 1 is empty"):
-        pad_prompts([[1], []], (4,))
-    with pytest.raises(DataError, match="there is no prompt"):
-        pad_prompts([], (4,))
-    with pytest.raises(DataError, match="^5 fits"):
-        pad_prompts([[1] * 5], (4,))

@@ -49,8 +49,11 @@ def test_openings_are_deterministic_and_nested():
         ("tiny_sft", "sft"),
         ("tiny_preferences", "preference"),
         ("tiny_chat_preferences", "preference"),
+        ("tiny_ranked", "ranked"),
         ("review_openings", "prompt"),
         ("review_openings#held_out", "prompt"),
+        ("arithmetic", "prompt"),
+        ("arithmetic#held_out", "prompt"),
     ],
 )
 def test_builtin_sets_load_by_name(name, kind):
@@ -59,6 +62,14 @@ def test_builtin_sets_load_by_name(name, kind):
     assert records[3]["where"] == f"builtin:{name}: row 3"
     assert len({repr(r["prompt"]) for r in records}) == len(records)
     assert load_records(f"builtin:{name}", kind=kind, limit=5) == records[:5]
+
+
+def test_question_marks_rank():
+    records = load_records("builtin:tiny_ranked", kind="ranked")
+    assert {len(record["ranks"]) for record in records} == {2, 3, 4}
+    for record in records:
+        assert [text.count("?") for text in record["completions"]] == record["ranks"]
+    assert 20 < sum(record["ranks"][0] == 0 for record in records) < 80
 
 
 def test_chosen_counts_up_and_rejected_down():
@@ -76,10 +87,28 @@ def test_chosen_counts_up_and_rejected_down():
             assert rejected == [start - 1 - i for i in range(len(chosen))]
 
 
+def test_sums_are_right_distinct_and_held_out_in_either_order():
+    splits = {}
+    for split, size in (("train", 189), ("held_out", 64)):
+        records = load_records(f"builtin:arithmetic#{split}", kind="prompt")
+        pairs = [tuple(map(int, r["prompt"].removesuffix(" =").split(" + "))) for r in records]
+        assert [sum(pair) for pair in pairs] == [record["answer"] for record in records]
+        assert all(1 <= number <= 22 for pair in pairs for number in pair)
+        assert any(a < b for a, b in pairs) and any(a > b for a, b in pairs)
+        splits[split] = {frozenset(pair) for pair in pairs}
+        assert len(splits[split]) == size
+    assert not splits["train"] & splits["held_out"]
+    # Pinned: published figures hang on it.
+    first = load_records("builtin:arithmetic", kind="prompt")[0]
+    assert (first["prompt"], first["answer"]) == ("10 + 10 =", 20)
+
+
 def test_wrong_names_and_splits():
     with pytest.raises(DataError, match="no built-in data set 'tiny'.*" + ", ".join(NAMES)):
         load_records("builtin:tiny", kind="sft")
     with pytest.raises(DataError, match="no split 'test'"):
         load_records("builtin:review_openings#test", kind="prompt")
+    with pytest.raises(DataError, match="arithmetic has no split 'test': expected train or held"):
+        load_records("builtin:arithmetic#test", kind="prompt")
     with pytest.raises(DataError, match="tiny_sft has no split 'test'"):
         load_records("builtin:tiny_sft#test", kind="sft")

@@ -236,6 +236,28 @@ def test_responses_over_the_limit(tokenizer):
     assert [len(mask) for mask in text.response_masks] == [4]
 
 
+def test_a_response_that_squeezes_its_prompt_is_too_long(tokenizer):
+    def encoded(max_length, overlong="error", **arguments):
+        raw = PAIR | {"prompt": arguments.pop("prompt", PAIR["prompt"])}
+        return encode(
+            raw, "preference", tokenizer, max_length=max_length, overlong=overlong, **arguments
+        )
+
+    # Of 21 tokens; the prompt has 10, of which 4 are to stay.
+    assert len(encoded(25, min_prompt_length=4).prompt) == 4
+    with pytest.raises(DataError, match=r"limit of 20 \(data.max_length = 24, less 4 for the pr"):
+        encoded(24, min_prompt_length=4)
+    assert encoded(24, "drop", min_prompt_length=4) is None
+    example = encoded(24, "truncate", min_prompt_length=4)
+    assert texts(example, tokenizer) == ["0123456789", "yes" + EOS, "a" * 14]
+    # What is shorter than that need not be longer, and half of max_length is enough.
+    assert len(encoded(23, min_prompt_length=4, prompt="01").prompt) == 2
+    assert len(encoded(25, min_prompt_length=9, max_prompt_length=4).prompt) == 4
+    assert len(encoded(42, min_prompt_length=99, prompt="0" * 99).prompt) == 21
+    with pytest.raises(DataError, match="data.min_prompt_length is 0; expected at least 1"):
+        encoded(24, min_prompt_length=0)
+
+
 def test_records_are_encoded_as_one_by_one_and_keep_their_ids(tokenizer, caplog):
     raw = [{"prompt": f"ab {i}" * (1 + i % 5), "completion": "b" * (i % 40)} for i in range(600)]
     records = [parse_record(r, kind="sft", where=f"f:{i}") for i, r in enumerate(raw)]

@@ -32,6 +32,9 @@ VALID = [
     ("labelled", {"prompt": "a", "completion": "b", "label": False}),
     ("prompt", {"prompt": "a"}),
     ("prompt", {"prompt": USER}),
+    ("prompt", {"prompt": "a", "answer": "so 4\n#### 4", "safety": True}),
+    ("prompt", {"prompt": USER, "answer": 10**30, "safety": False}),
+    ("prompt", {"prompt": "a", "answer": 0.1}),
 ]
 
 
@@ -43,6 +46,32 @@ def test_valid_records_keep_their_fields(kind, raw):
 def test_foreign_and_null_fields_are_left_out():
     raw = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": None, "prompt_id": 3}
     assert parse(raw, "preference") == {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("answer", True, "a string or a number"),
+        ("answer", ["4"], "a string or a number"),
+        ("answer", float("nan"), "a finite number"),
+        ("answer", float("inf"), "a finite number"),
+        ("safety", 1, "true or false"),
+        ("safety", "yes", "true or false"),
+    ],
+)
+def test_what_rewards_look_at_is_checked(field, value, expected):
+    with pytest.raises(DataError, match=f"pairs.jsonl:17: field '{field}': .*{expected}"):
+        parse({"prompt": "a", field: value}, "prompt")
+    assert parse({"prompt": "a", field: None}, "prompt") == {"prompt": "a"}
+
+
+def test_a_misspelt_answer_is_not_ignored():
+    with pytest.raises(DataError, match="unknown field 'answers'; did you mean 'answer'"):
+        parse({"prompt": "a", "answers": 4}, "prompt")
+    assert parse({"prompt": "a", "completion": "b", "answer": 4}, "sft") == {
+        "prompt": "a",
+        "completion": "b",
+    }
 
 
 def test_dialogues_split_at_the_last_assistant_turn():

@@ -257,3 +257,57 @@ def test_tfds(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(DataError, match="needs the package tensorflow-datasets"):
         load("tfds:made")
+
+
+QUESTIONS = [
+    {"question": f"How much is {i} + 1?", "answer": f"So:\n#### {i + 1}"} for i in range(5)
+]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "a:b=c.json"])
+def test_fields_of_other_names(write_jsonl, name):
+    path = write_jsonl(QUESTIONS, name)
+    records = load_records(f"{path}:prompt=question", kind="prompt")
+    assert records[2] == {
+        "prompt": "How much is 2 + 1?",
+        "answer": "So:\n#### 3",
+        "where": f"{path}:3",
+    }
+    both = load(f"{path}:prompt=question,completion=answer", limit=2)
+    assert contents(both)[1] == {"prompt": "How much is 1 + 1?", "completion": "So:\n#### 2"}
+    with pytest.raises(DataError, match="'prompt' is missing.*did you mean 'question'"):
+        load_records(path, kind="prompt")
+
+
+def test_fields_that_change_places(write_jsonl):
+    path = write_jsonl([{"prompt": "p", "chosen": "worse", "rejected": "better"}])
+    record = load_records(f"{path}:chosen=rejected,rejected=chosen", kind="preference")[0]
+    assert (record["chosen"], record["rejected"]) == ("better", "worse")
+
+
+def test_fields_of_saved_data_sets_are_renamed_behind_the_split(tmp_path):
+    import datasets
+
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(QUESTIONS)}).save_to_disk(tmp_path)
+    records = load_records(f"hf:{tmp_path}#test:prompt=question", kind="prompt")
+    assert [record["prompt"] for record in records] == [row["question"] for row in QUESTIONS]
+    assert records[1]["where"] == f"hf:{tmp_path}#test: row 1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("promt=question", "kind 'prompt' has no field 'promt'; did you mean 'prompt'"),
+        (
+            "completion=answer",
+            "kind 'prompt' has no field 'completion'; it has answer, prompt, saf",
+        ),
+        ("prompt=question,prompt=answer", "field 'prompt' is renamed twice"),
+        ("prompt=querstion", "data.jsonl:1: field 'querstion' is missing, .* as 'prompt'"),
+        ("prompt=", "no such file"),
+    ],
+)
+def test_wrong_names_of_fields(write_jsonl, fields, message):
+    path = write_jsonl(QUESTIONS)
+    with pytest.raises(DataError, match=message):
+        load_records(f"{path}:{fields}", kind="prompt")

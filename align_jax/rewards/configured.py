@@ -1,0 +1,257 @@
+"""Rewards and comparers from a config.
+
+    "vader"                                          a kind that needs nothing else
+    {"kind": "regex", "pattern": "(?i)thank"}        a kind and its keys, see `REWARDS`
+    "my_package.my_module:my_reward"                 any Python callable
+
+A kind's keys are the keyword arguments of its builder here, or of the class it builds.
+"""
+
+import difflib
+import importlib
+import inspect
+import os
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from align_jax.data.formats import DataError
+from align_jax.models.families import ModelError
+from align_jax.rewards import rules
+from align_jax.rewards.base import Comparer, Reward, RewardError
+from align_jax.rewards.judge import (
+    ANSWER,
+    OPTIONS,
+    QUESTION,
+    TEMPLATE,
+    LanguageModelJudge,
+    OracleJudge,
+)
+from align_jax.rewards.mixture import Mixture, SafetyGated
+from align_jax.rewards.people import PeopleJudge
+
+
+class _Context(NamedTuple):
+    """What the run has that a config cannot hold; `key` is where in the config we are."""
+
+    key: str
+    tokenizer: Any = None
+    mesh: Mesh | None = None
+    directory: str | os.PathLike | None = None
+
+    def reward(self, config: Any, key: str) -> Reward:
+        return _build(config, REWARDS, self._replace(key=f"{self.key}.{key}"))
+
+
+def make_reward(
+    config: Any, *, tokenizer: Any = None, mesh: Mesh | None = None, key: str = "config.reward"
+) -> Reward:
+    """The reward that a config describes.
+
+    Args:
+      config: a name, a ConfigDict or dict with `kind`, or `package.module:function`.
+      tokenizer: the policy's, for lengths in tokens.
+      mesh: where reward models go.
+      key: what messages call the config.
+
+    Raises:
+      RewardError: an unknown kind or key (the nearest is suggested), a missing one, a bad value, a
+        callable that cannot be imported. The message begins with the config key.
+      ModelError: a reward model that cannot be read.
+    """
+    return _build(config, REWARDS, _Context(key, tokenizer, mesh))
+
+
+def make_comparer(
+    config: Any,
+    *,
+    directory: str | os.PathLike | None = None,
+    tokenizer: Any = None,
+    mesh: Mesh | None = None,
+    key: str = "config.comparer",
+) -> Comparer:
+    """The comparer that a config describes: `oracle`, `judge`, `people`, or any callable.
+
+    Args:
+      directory: where people find pairs and leave labels; another one for each round.
+      config, tokenizer, mesh, key: as for `make_reward`.
+
+    Raises: as `make_reward`.
+    """
+    return _build(config, COMPARERS, _Context(key, tokenizer, mesh, directory))
+
+
+def _model(context: _Context, *, path: str, compute_dtype: str | None = None) -> Reward:
+    from align_jax.rewards.model import RewardModel
+
+    return RewardModel.load(path, mesh=context.mesh, compute_dtype=compute_dtype)
+
+
+def _length_penalty(context: _Context, *, limit: float, buffer: float, unit: str = "tokens"):
+    return rules.LengthPenalty(limit, buffer, unit=unit, tokenizer=context.tokenizer)
+
+
+def _length_target(context: _Context, *, target: float, unit: str = "tokens"):
+    return rules.LengthTarget(target, unit=unit, tokenizer=context.tokenizer)
+
+
+def _mixture(context: _Context, *, components: Mapping, standardise: bool = False) -> Reward:
+    if not isinstance(components, Mapping):
+        raise ValueError(
+            f"components: found {components!r}; expected a dict of "
+            "{'weight': ..., 'reward': ...} under the components' names."
+        )
+    parts = {}
+    for name, part in components.items():
+        key = f"components.{name}"
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{key}: found {part!r}; expected {{'weight': ..., 'reward': ...}}.")
+        _check_keys(part, ("weight", "reward"), (), f"{context.key}.{key}")
+        parts[name] = (part["weight"], context.reward(part["reward"], f"{key}.reward"))
+    return Mixture(parts, standardise=standardise)
+
+
+def _safety_gated(
+    context: _Context, *, safety: Any, helpfulness: Any, threshold: float = 0.15
+) -> Reward:
+    return SafetyGated(
+        context.reward(safety, "safety"),
+        context.reward(helpfulness, "helpfulness"),
+        threshold=threshold,
+    )
+
+
+def _oracle(context: _Context, *, reward: Any, temperature: float = 0.0, seed: int = 0) -> Comparer:
+    return OracleJudge(context.reward(reward, "reward"), temperature=temperature, seed=seed)
+
+
+def _judge(
+    context: _Context,
+    *,
+    model: str,
+    compute_dtype: str = "float32",
+    questions: tuple[str, ...] = (QUESTION,),
+    template: str = TEMPLATE,
+    answer: str = ANSWER,
+    options: tuple[str, str] = OPTIONS,
+    batch_size: int = 8,
+) -> Comparer:
+    from align_jax.models.interchange import load_model, load_tokenizer
+
+    return LanguageModelJudge(
+        load_model(model, mesh=context.mesh, compute_dtype=compute_dtype),
+        load_tokenizer(model),
+        questions=questions,
+        template=template,
+        answer=answer,
+        options=options,
+        batch_size=batch_size,
+        mesh=context.mesh,
+    )
+
+
+def _people(context: _Context) -> Comparer:
+    if context.directory is None:
+        raise ValueError("kind: 'people' needs a directory to exchange files in; here is none.")
+    return PeopleJudge(context.directory)
+
+
+REWARDS: dict[str, Callable[..., Reward]] = {
+    "answer": lambda _: rules.Answer(),
+    "format": lambda _, *, style: rules.Format(style),
+    "length": lambda _: rules.of_completions(rules.text_length),
+    "length_penalty": _length_penalty,
+    "length_target": _length_target,
+    "mixture": _mixture,
+    "model": _model,
+    "regex": lambda _, *, pattern, match="any": rules.Regex(pattern, match=match),
+    "safety_gated": _safety_gated,
+    "vader": lambda _: rules.of_completions(rules.vader_sentiment),
+}
+COMPARERS: dict[str, Callable[..., Comparer]] = {
+    "judge": _judge,
+    "oracle": _oracle,
+    "people": _people,
+}
+
+
+def _build(config: Any, kinds: Mapping[str, Callable], context: _Context) -> Any:
+    key = context.key
+    if isinstance(config, str):
+        if ":" in config:
+            return _imported(config, key)
+        config = {"kind": config}
+    if not isinstance(config, Mapping) and hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping) or not isinstance(config.get("kind"), str):
+        raise RewardError(
+            f"{key} is {config!r}; expected one of {', '.join(sorted(kinds))}, a dict with one of "
+            "them as its 'kind', or 'package.module:function'."
+        )
+    kind = config["kind"]
+    if kind not in kinds:
+        raise RewardError(
+            f"{key}: there is no kind {kind!r}.{_near(kind, kinds)} Any Python callable is "
+            "'package.module:function'."
+        )
+    options = {name: value for name, value in config.items() if name != "kind"}
+    parameters = [
+        p for p in inspect.signature(kinds[kind]).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
+    required = [p.name for p in parameters if p.default is p.empty]
+    _check_keys(options, required, [p.name for p in parameters], f"{key} (kind {kind!r})")
+    try:
+        return kinds[kind](context, **options)
+    except (RewardError, DataError, ModelError):
+        raise
+    except ValueError as error:
+        raise RewardError(f"{key}.{error}") from error
+
+
+def _check_keys(options: Mapping, required: Any, optional: Any, key: str) -> None:
+    known = list(dict.fromkeys([*required, *optional]))
+    for name in options:
+        if name not in known:
+            raise RewardError(f"{key} has no key {name!r}.{_near(name, known)}")
+    for name in required:
+        if name not in options:
+            raise RewardError(f"{key} needs the key {name!r}.")
+
+
+def _near(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    if not known:
+        return " It takes none."
+    return f" There are: {', '.join(sorted(known))}." if len(known) <= 20 else ""
+
+
+def _imported(spec: str, key: str) -> Any:
+    """The callable `package.module:function`; it is code of the user's own choosing."""
+    module_name, _, name = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name + ".").startswith(error.name + "."):
+            raise RewardError(
+                f"{key} is {spec!r}: there is no module {error.name!r}. Start in the directory "
+                "that holds it, or put that on PYTHONPATH."
+            ) from error
+        raise RewardError(f"{key} is {spec!r}: importing it fails: {error}.") from error
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise RewardError(
+            f"{key} is {spec!r}: importing it fails: {type(error).__name__}: {error} "
+            f"({frame.filename}:{frame.lineno})."
+        ) from error
+    if not hasattr(module, name):
+        public = [one for one in dir(module) if not one.startswith("_")]
+        raise RewardError(f"{key} is {spec!r}: {module_name} has no {name!r}.{_near(name, public)}")
+    found = getattr(module, name)
+    if not callable(found) or inspect.isclass(found):
+        what = "a class" if inspect.isclass(found) else f"{type(found).__name__} {found!r}"
+        raise RewardError(f"{key} is {spec!r}: found {what}; expected a function or an instance.")
+    return found

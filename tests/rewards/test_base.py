@@ -1,0 +1,174 @@
+import decimal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align_jax import main as command_line
+from align_jax.rewards.base import (
+    RewardError,
+    check_records,
+    checked_probabilities,
+    checked_scores,
+    scores_and_components,
+)
+
+PROMPTS = [{"prompt": f"prompt {i}", "where": f"data.jsonl:{i + 1}"} for i in range(5)]
+TEXTS = ["a", "bb", "ccc", "dddd", "eeeee"]
+
+
+def returning(value):
+    def my_reward(records, completions):
+        return value
+
+    return my_reward
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.73, -1, True, 0.0, 2],
+        (1, 0, 1, 1, 0),
+        [True, False, True, True, False],
+        np.array([1, 2, 3, 4, 5]),
+        np.array([0.25, 0.5, 1, 2, 3], np.float16),
+        jnp.array([0.25, 0.5, 1, 2, 3], jnp.bfloat16),
+        [jnp.float32(0.5), 1, 2, 3, 4],
+        [decimal.Decimal("0.73"), 1, 2, 3, 10**30],
+    ],
+)
+def test_every_kind_of_number_becomes_float32_and_stays_what_it_is(values):
+    scores = checked_scores(returning(values), PROMPTS, TEXTS)
+    assert scores.dtype == np.float32 and scores.shape == (5,)
+    assert scores.tolist() == [np.float32(float(value)) for value in values]
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=8))
+def test_fractions_survive(values):
+    records = [{"prompt": "p"}] * len(values)
+    scores = checked_scores(returning(values), records, [""] * len(values))
+    assert scores.dtype == np.float32 and scores.tolist() == values
+
+
+def test_the_reward_gets_its_record_with_each_completion():
+    def length_of_answer(records, completions):
+        return [len(c) / record["answer"] for record, c in zip(records, completions)]
+
+    records = [{"prompt": "p", "answer": n} for n in (1, 4)]
+    assert checked_scores(length_of_answer, records, ["abc", "abc"]).tolist() == [3.0, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("values", "index", "message"),
+    [
+        ([0, 0, float("nan"), 0, 0], 2, "returned nan"),
+        ([0, 0, 0, float("-inf"), 0], 3, "returned -inf"),
+        (np.array([0, 1e39, 0, 0, 0]), 1, r"returned 1e\+39, which is no finite float32"),
+        ([0, None, 0, 0, 0], 1, "returned None, which is no number"),
+        ([0, 0, 0, 0, "1"], 4, "returned '1', which is no number"),
+        ([0, 1 + 2j, 0, 0, 0], 1, "which is no number"),
+        ([[1], [1, 2], 3, 4, 5], 0, r"returned \[1\], which is no number"),
+        ([1, 2, 3], 0, "returned 3 values for 5 completions"),
+        ([], 0, "returned 0 values for 5 completions"),
+        (np.zeros((5, 1)), 0, r"an array of shape \(5, 1\); expected 5 numbers"),
+        (1.0, 0, "returned 1.0; expected 5 numbers"),
+        (None, 0, "returned None; expected 5 numbers"),
+        ("12345", 0, "returned '12345'; expected 5 numbers"),
+        ({"a": 1}, 0, "expected 5 numbers"),
+    ],
+)
+def test_what_is_no_score_ends_with_prompt_and_completion_named(values, index, message):
+    with pytest.raises(RewardError, match=message) as caught:
+        checked_scores(returning(values), PROMPTS, TEXTS)
+    text = str(caught.value)
+    assert "my_reward" in text
+    for named in (f"prompt {index}'", f"data.jsonl:{index + 1}", repr(TEXTS[index])):
+        assert named in text
+
+
+@pytest.mark.parametrize("bad", range(5))
+def test_a_reward_that_raises_is_found_out_with_the_completion_it_raises_for(bad):
+    calls = []
+
+    def divides(records, completions):
+        calls.append(len(completions))
+        return [1 / (len(text) - 1 - bad) for text in completions]
+
+    with pytest.raises(RewardError) as caught:
+        checked_scores(divides, PROMPTS, TEXTS)
+    text = str(caught.value)
+    assert "divides raised ZeroDivisionError: division by zero (" in text
+    assert "test_base.py:" in text and f"completion {TEXTS[bad]!r}" in text
+    assert f"data.jsonl:{bad + 1}" in text
+    assert len(calls) <= 4  # by halves, not one by one
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_long_prompt_of_messages_is_shown_by_its_ends():
+    prompt = [{"role": "user", "content": "start" + "x" * 1000 + "end"}]
+    with pytest.raises(RewardError) as caught:
+        checked_scores(returning([float("nan")]), [{"prompt": prompt}], ["y" * 1000])
+    text = str(caught.value)
+    assert "User: start" in text and "end'" in text and len(text) < 600
+
+
+def test_a_missing_package_is_told_as_it_is():
+    def reward(records, completions):
+        raise ImportError("pip install something")
+
+    with pytest.raises(ImportError, match="^pip install something$"):
+        checked_scores(reward, PROMPTS, TEXTS)
+
+
+def test_no_completions_need_no_call():
+    assert checked_scores(returning(None), [], []).shape == (0,)
+
+
+def test_records_and_completions_of_different_numbers_are_refused():
+    with pytest.raises(ValueError, match="5 records and 4 texts"):
+        checked_scores(returning([1] * 5), PROMPTS, TEXTS[:4])
+
+
+def test_probabilities_lie_between_0_and_1():
+    ok = checked_probabilities(lambda r, a, b: [0, 0.25, 1, True, 0.5], PROMPTS, TEXTS, TEXTS)
+    assert ok.dtype == np.float32 and ok.tolist() == [0, 0.25, 1, 1, 0.5]
+    for wrong in (1.5, -0.1):
+        values = [0.5, 0.5, wrong, 0.5, 0.5]
+        with pytest.raises(RewardError, match="no probability.*data.jsonl:3.*first 'ccc'.*second"):
+            checked_probabilities(lambda r, a, b, v=values: v, PROMPTS, TEXTS, TEXTS)
+
+
+def test_components_come_with_the_scores_of_one_computation():
+    calls = []
+
+    class Sum:
+        def components(self, records, completions):
+            calls.append(1)
+            return {"a": np.ones(5, np.float32), "b": np.arange(5, dtype=np.float32)}
+
+        def combine(self, components, records):
+            return components["a"] + components["b"]
+
+    scores, components = scores_and_components(Sum(), PROMPTS, TEXTS)
+    assert scores.tolist() == [1, 2, 3, 4, 5] and sorted(components) == ["a", "b"]
+    assert calls == [1]
+    assert scores_and_components(returning([1] * 5), PROMPTS, TEXTS)[1] == {}
+    Sum.combine = lambda self, components, records: [1, 2, float("nan"), 4, 5]
+    with pytest.raises(RewardError, match="Sum returned nan.*data.jsonl:3"):
+        scores_and_components(Sum(), PROMPTS, TEXTS)
+
+
+def test_a_reward_without_demands_accepts_every_record():
+    check_records(returning([]), PROMPTS)
+
+
+def test_the_command_line_says_it_in_one_message(monkeypatch, tmp_path, capsys):
+    def run(arguments, overrides):
+        raise RewardError("the reward f returned nan")
+
+    monkeypatch.setattr(command_line, "_train", run)
+    arguments = ["train", "--config=x", f"--workdir={tmp_path}"]
+    assert command_line.main(arguments) == 2
+    assert capsys.readouterr().err == "align-jax: error: the reward f returned nan\n"
