@@ -26,6 +26,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "head_dim": (),
+    "rank": (),
     "layers": (),
     None: (),
 }

@@ -7,9 +7,8 @@ loss's business, which needs it at some positions only.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from align_jax.distributed.partitioning import constrain
 from align_jax.models.attention import attention, rotary_frequencies, rotate
+from align_jax.models.linear import linear
+
+if TYPE_CHECKING:
+    from align_jax.models.lora import Adapters
 
 Array = jax.Array
 
@@ -77,6 +80,20 @@ PARAMETER_DIMENSIONS: dict[str, tuple[str | None, ...]] = {
     "head_bias": (),
 }
 
+# The kernels that low-rank adapters can stand beside (models/lora.py): input and output dimensions.
+PROJECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "query": (("embed",), ("heads", "head_dim")),
+    "key": (("embed",), ("kv_heads", "head_dim")),
+    "value": (("embed",), ("kv_heads", "head_dim")),
+    "output": (("heads", "head_dim"), ("embed",)),
+    "gate": (("embed",), ("mlp",)),
+    "up": (("embed",), ("mlp",)),
+    "down": (("mlp",), ("embed",)),
+}
+for _name, (_inputs, _outputs) in PROJECTIONS.items():
+    PARAMETER_DIMENSIONS[f"{_name}_a"] = (*_inputs, "rank")
+    PARAMETER_DIMENSIONS[f"{_name}_b"] = ("rank", *_outputs)
+
 
 def _normal(key: Array, *shape: int) -> nnx.Param:
     return nnx.Param(0.02 * jax.random.normal(key, shape, jnp.float32))
@@ -121,18 +138,20 @@ class Attention(nnx.Module):
         self.value_bias = zeros(c.num_kv_heads, c.head_dim)
         self.output_bias = zeros(c.hidden_size)
 
-    def project(self, x: Array, rotary: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
+    def project(
+        self, x: Array, rotary: tuple[Array, Array] | None, adapters: "Adapters | None"
+    ) -> tuple[Array, Array, Array]:
         """`[B,T,D]` to queries `[B,T,H,d]`, keys and values `[B,T,K,d]`, rotated if rotary."""
-        queries = _linear(x, self.query, self.query_bias)
-        keys = _linear(x, self.key, self.key_bias)
-        values = _linear(x, self.value, self.value_bias)
+        queries, keys, values = (
+            linear(self, name, x, adapters) for name in ("query", "key", "value")
+        )
         if rotary is not None:
             queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
         return queries, keys, values
 
-    def merge(self, heads: Array) -> Array:
+    def merge(self, heads: Array, adapters: "Adapters | None") -> Array:
         """`[B,T,H,d]` back to `[B,T,D]`."""
-        return _linear(heads, self.output, self.output_bias, inputs=2)
+        return linear(self, "output", heads, adapters, inputs=2)
 
 
 class MLP(nnx.Module):
@@ -143,19 +162,21 @@ class MLP(nnx.Module):
         self.config = config
         self.gate = _normal(keys[0], c.hidden_size, c.mlp_size) if c.gated_mlp else None
         self.up = _normal(keys[1], c.hidden_size, c.mlp_size)
-        # Output first: see `_matmul_backward`, which here wants the cotangent in front.
+        # Output first: see `linear._matmul_backward`, which here wants the cotangent in front.
         self.down = _normal(keys[2], c.hidden_size, c.mlp_size)
         self.up_bias = nnx.Param(jnp.zeros(c.mlp_size)) if c.use_bias else None
         self.down_bias = nnx.Param(jnp.zeros(c.hidden_size)) if c.use_bias else None
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, adapters: "Adapters | None") -> Array:
         activate = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu
-        up = _linear(x, self.up, self.up_bias)
+        up = linear(self, "up", x, adapters)
         if self.gate is not None:
-            up = activate(_linear(x, self.gate, None)) * up
+            up = activate(linear(self, "gate", x, adapters)) * up
         else:
             up = activate(up)
         y = jnp.einsum("btf,df->btd", up, self.down[...].astype(x.dtype))
+        if adapters is not None:
+            y = adapters.add("down", up, y)
         return y if self.down_bias is None else y + self.down_bias[...].astype(x.dtype)
 
 
@@ -201,6 +222,7 @@ class Transformer(nnx.Module):
             if config.tie_embeddings
             else _normal(keys[3], config.vocab_size, config.hidden_size)
         )
+        self.adapters: Adapters | None = nnx.data(None)  # stacked as `blocks` are
 
     def __call__(
         self,
@@ -259,12 +281,13 @@ class Transformer(nnx.Module):
 
         def layer(carry, inputs):
             x, state = carry
-            block, index = inputs
-            queries, keys, values = block.attention.project(block.attention_norm(x), rotary)
+            block, adapters, index = inputs
+            normed = block.attention_norm(x)
+            queries, keys, values = block.attention.project(normed, rotary, adapters)
             heads, state = attend(index, queries, keys, values, state)
             heads = checkpoint_name(heads, "heads")
-            x = x + block.attention.merge(heads)
-            x = x + block.mlp(block.mlp_norm(x))
+            x = x + block.attention.merge(heads, adapters)
+            x = x + block.mlp(block.mlp_norm(x), adapters)
             return (constrain(x, "batch", "sequence", "features"), state), None
 
         if self.config.remat != "none":
@@ -274,7 +297,7 @@ class Transformer(nnx.Module):
             }[self.config.remat]
             layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
         (x, state), _ = jax.lax.scan(
-            layer, (x, state), (self.blocks, jnp.arange(self.config.num_layers))
+            layer, (x, state), (self.blocks, self.adapters, jnp.arange(self.config.num_layers))
         )
         return self.final_norm(x), state
 
@@ -311,36 +334,6 @@ def parameter_dimensions(model: nnx.Module) -> nnx.Module:
     def dimensions(path, leaf):
         names = [key.name for key in path[:-1]]  # the last key is nnx.Param's own field
         named = PARAMETER_DIMENSIONS[names[-1]]
-        return ("layers", *named) if "blocks" in names else named
+        return ("layers", *named) if {"blocks", "adapters"} & set(names) else named
 
     return jax.tree_util.tree_map_with_path(dimensions, model)
-
-
-@jax.custom_vjp
-def _matmul(x: Array, kernel: Array) -> Array:
-    return jnp.einsum("btd,df->btf", x, kernel)
-
-
-def _matmul_forward(x, kernel):
-    return _matmul(x, kernel), (x, kernel)
-
-
-def _matmul_backward(residuals, dy):
-    # JAX's own rule puts the cotangent first in the kernel's gradient, and XLA on a CPU then
-    # computes the activation's derivative straight into a transposed buffer: a fifth of the step
-    # on one fusion.
-    x, kernel = residuals
-    return jnp.einsum("btf,df->btd", dy, kernel), jnp.einsum("btd,btf->df", x, dy)
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _linear(x: Array, kernel: nnx.Param, bias: nnx.Param | None, *, inputs: int = 1) -> Array:
-    """Contracts the last `inputs` dimensions of `x` with the first ones of the kernel."""
-    w = kernel[...].astype(x.dtype)
-    size = math.prod(w.shape[:inputs])
-    y = _matmul(x.reshape(*x.shape[:2], size), w.reshape(size, -1))
-    y = y.reshape(*x.shape[:2], *w.shape[inputs:])
-    y = y if bias is None else y + bias[...].astype(x.dtype)
-    return checkpoint_name(y, "linear")

@@ -1,12 +1,16 @@
 """Checkpoints: one flat, named dictionary of arrays and one JSON object, written by Orbax.
 
 Names are the paths of the leaves in the train state (`model.blocks.mlp.up`, ...), so a checkpoint
-does not depend on how a library spells its containers. Orbax writes beside the final place and
-renames: a run killed while saving still has the checkpoint before.
+does not depend on how a library spells its containers. Frozen parameters are not saved: they are
+those of `config.model`, and a fingerprint in the checkpoint tells whether they still are. Orbax
+writes beside the final place and renames: a run killed while saving still has the checkpoint
+before.
 """
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,9 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from align_jax.models.frozen import combine, partition
 from align_jax.training.errors import RunError
+from align_jax.training.workdir import write_json
+
+# The field of the JSON object that holds the fingerprints of frozen parameters, by item.
+_FROZEN = "frozen_fingerprints"
+# In the directory of a step: the sizes of its files in bytes.
+_SIZES = "file_sizes.json"
 
 
 def flatten(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
@@ -39,6 +51,46 @@ def unflatten(tree: Any, leaves: dict[str, Any]) -> Any:
     return jax.tree.unflatten(structure, [leaves[name] for name in flatten(tree)])
 
 
+def fingerprint(tree: Any) -> str:
+    """A digest of every array's name and exact value, the same on any mesh; float arrays only."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flatten(_bit_sums(tree)).items()):
+        digest.update(f"{name} {np.asarray(value).tolist()}".encode())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _bit_sums(tree: Any) -> Any:
+    """Two 32-bit sums of every array's bits, weighted by place; exact on any sharding."""
+
+    def sums(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        odd = place * jnp.uint32(2654435769) | jnp.uint32(1)
+        mixed = (bits ^ (bits >> 15)) * jnp.uint32(2246822519)
+        return jnp.stack([(bits * odd).sum(dtype=jnp.uint32), (mixed * odd).sum(dtype=jnp.uint32)])
+
+    return jax.tree.map(sums, tree)
+
+
+def _frozen(tree: Any) -> str | None:
+    """The fingerprint of the frozen parameters in a tree, None if it has none."""
+    _, frozen = partition(tree)
+    return fingerprint(frozen) if jax.tree.leaves(frozen) else None
+
+
+def _items(state: Any) -> dict[str, Any]:
+    """The parts of a state that can be read one without the other.
+
+    A policy that is trained with a critic is an item of its own, as one trained alone.
+    """
+    model = state.model
+    parts = model._asdict() if isinstance(model, tuple) else {"model": model}
+    return {k: x for k, x in parts.items() if x is not None} | {"optimizer": state.optimizer}
+
+
 class Checkpointer:
     """Saves and restores train states under `directory`, keeping the newest.
 
@@ -52,6 +104,7 @@ class Checkpointer:
 
         self._ocp = ocp
         self.directory = Path(directory).resolve()
+        self._saved: int | None = None  # the step whose files are not recorded yet
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -61,6 +114,7 @@ class Checkpointer:
             ),
             item_handlers={
                 "model": ocp.StandardCheckpointHandler(),
+                "critic": ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
             },
@@ -77,12 +131,19 @@ class Checkpointer:
           RunError: the disk is full; also from `wait` and `close`, since writing goes on beside.
         """
         args = self._ocp.args
+        items = _items(state)
+        frozen = {name: frozen for name, tree in items.items() if (frozen := _frozen(tree))}
+        if frozen:
+            data = data | {_FROZEN: frozen}
+        self._saved = int(state.step)
         with self._naming_a_full_disk():
             self._manager.save(
-                int(state.step),
+                self._saved,
                 args=args.Composite(
-                    model=args.StandardSave(flatten(state.model)),
-                    optimizer=args.StandardSave(flatten(state.optimizer)),
+                    **{
+                        name: args.StandardSave(flatten(partition(tree)[0]))
+                        for name, tree in items.items()
+                    },
                     data=args.JsonSave(data),
                 ),
             )
@@ -90,36 +151,56 @@ class Checkpointer:
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
         """The newest checkpoint, in the structure and with the shardings of the state `state`.
 
+        Frozen parameters are those of `state`.
+
         Raises:
-          RunError: the checkpoint holds other names or shapes.
+          RunError: the checkpoint is damaged, holds other names or shapes, or was made with other
+            frozen parameters.
         """
         step = self.latest_step()
-        items = {"model": state.model, "optimizer": state.optimizer}
-        restored = self._restore(step, items, with_data=True)
-        parts = {name: unflatten(tree, restored[name]) for name, tree in items.items()}
+        parts, data = self._restore(step, _items(state))
         step = jax.device_put(np.int32(step), state.step.sharding)
-        return state._replace(step=step, **parts), restored["data"]
+        optimizer = parts.pop("optimizer")
+        model = state.model._replace(**parts) if isinstance(state.model, tuple) else parts["model"]
+        return state._replace(step=step, model=model, optimizer=optimizer), data
 
     def restore_model(self, model: Any) -> Any:
         """The newest checkpoint's model alone, as `restore`."""
-        restored = self._restore(self.latest_step(), {"model": model}, with_data=False)
-        return unflatten(model, restored["model"])
+        return self._restore(self.latest_step(), {"model": model})[0]["model"]
 
-    def _restore(self, step: int, items: dict[str, Any], *, with_data: bool) -> dict[str, Any]:
+    def _restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The items, and the JSON object that was saved with them."""
+        with self._naming_damage(step):
+            return self._read(step, items)
+
+    def _read(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         args = self._ocp.args
+        self._check_sizes(step)
         metadata = self._manager.item_metadata(step)
         wanted = {}
         for item, tree in items.items():
-            leaves = flatten(tree)
+            leaves = flatten(partition(tree)[0])
             self._check(step, leaves, metadata[item])
             abstract = {
                 name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
                 for name, leaf in leaves.items()
             }
             wanted[item] = args.StandardRestore(abstract)
-        if with_data:
-            wanted["data"] = args.JsonRestore()
-        return self._manager.restore(step, args=args.Composite(**wanted))
+        wanted["data"] = args.JsonRestore()
+        restored = self._manager.restore(step, args=args.Composite(**wanted))
+        data = dict(restored["data"])
+        saved_on = data.pop(_FROZEN, {})
+        parts = {}
+        for item, tree in items.items():
+            if saved_on.get(item) != _frozen(tree):
+                raise RunError(
+                    f"the checkpoint of step {step} in {self.directory} was made on other frozen "
+                    "parameters than those given: the model that config.model names has changed "
+                    "since. Put back the one the run began with, or use another --workdir."
+                )
+            trained, frozen = partition(tree)
+            parts[item] = combine(unflatten(trained, restored[item]), frozen)
+        return parts, data
 
     def _check(self, step: int, wanted: dict[str, Any], saved: Any) -> None:
         different = sorted(wanted.keys() ^ saved.keys())
@@ -141,11 +222,49 @@ class Checkpointer:
         """Returns when what was saved is on disk, and raises what went wrong on the way."""
         with self._naming_a_full_disk():
             self._manager.wait_until_finished()
+            self._record_sizes()
 
     def close(self) -> None:
         """Waits, then releases the background threads."""
         with self._naming_a_full_disk():
             self._manager.close()
+            self._record_sizes()
+
+    def _record_sizes(self) -> None:
+        if self._saved is None or jax.process_index() != 0:
+            return
+        folder, self._saved = self.directory / str(self._saved), None
+        if not folder.is_dir():  # it could not be written, which has been said
+            return
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+        write_json(folder / _SIZES, sizes)
+
+    def _check_sizes(self, step: int) -> None:
+        folder = self.directory / str(step)
+        # A run that was killed may have had no time to write them.
+        if not (folder / _SIZES).is_file():
+            return
+        for name, size in json.loads((folder / _SIZES).read_text(encoding="utf-8")).items():
+            file = folder / name
+            found = f"{file.stat().st_size:,} bytes" if file.is_file() else "gone"
+            if found != f"{size:,} bytes":
+                raise ValueError(f"{name} had {size:,} bytes and is {found}")
+
+    @contextlib.contextmanager
+    def _naming_damage(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (RunError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        # Orbax and TensorStore raise anything, bare Exception included, on damaged files.
+        except Exception as error:
+            raise RunError(
+                f"the checkpoint of step {step} in {self.directory} cannot be read, so its files "
+                f"are damaged or incomplete ({_first_line(error)}). Copy it there again from where "
+                "it is whole; or remove that directory (and finished.json beside it), and the same "
+                "command trains from the beginning."
+            ) from error
 
     @contextlib.contextmanager
     def _naming_a_full_disk(self) -> Iterator[None]:
@@ -159,6 +278,11 @@ class Checkpointer:
                 f"the disk is full: a checkpoint could not be written to {self.directory}. What "
                 "was saved before is whole; free some space, and the same command continues."
             ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text[:160]}"
 
 
 def require_space(directory: Path, state: Any, copies: int) -> None:

@@ -27,14 +27,14 @@ class Interrupted(Exception):
         )
 
 
-class _StopSignals:
+class StopSignals:
     """Turns the first SIGTERM or SIGINT into a flag; a second one acts as usual."""
 
     def __init__(self):
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> "_StopSignals":
+    def __enter__(self) -> "StopSignals":
         # Only the main thread may install handlers; in a notebook's worker thread there are none.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -105,7 +105,7 @@ def fit(
 
     batches = loader.batches(first * loader.batch_size)
     bar = progress(description=description, total=num_steps, initial=first, unit="step")
-    with bar, _StopSignals() as stop, jax.set_mesh(mesh):
+    with bar, StopSignals() as stop, jax.set_mesh(mesh):
         try:
             for step in range(first + 1, num_steps + 1):
                 batch, ids = next(batches)

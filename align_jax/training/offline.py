@@ -1,5 +1,6 @@
 """What the offline algorithms share: from a config, records and a loss to a trained model."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from align_jax.data.chat import Example, encode_records
 from align_jax.data.pipeline import Loader
 from align_jax.data.sources import load_records
 from align_jax.distributed.mesh import make_mesh
-from align_jax.models.interchange import load_model
+from align_jax.models.frozen import partition
+from align_jax.models.interchange import abstract_model, load_model, load_tokenizer
+from align_jax.models.lora import add_adapters, merge_adapters
 from align_jax.models.transformer import Transformer
 from align_jax.training.checkpoint import Checkpointer, require_space
 from align_jax.training.errors import RunError
@@ -22,6 +25,7 @@ from align_jax.training.loop import fit
 from align_jax.training.metrics import MetricWriter, progress
 from align_jax.training.optimizer import make_optimizer, make_schedule
 from align_jax.training.step import LossFunction, init_state, make_train_step, place_batch
+from align_jax.training.workdir import read_config
 
 _CHOICES = {
     "compute_dtype": ("float32", "bfloat16", "float16"),
@@ -42,6 +46,7 @@ def default_data_config(**overrides: Any) -> ConfigDict:
             "invalid": "error",  # "error" | "drop": what a record with wrong fields does
             "max_length": 1024,
             "max_prompt_length": 0,  # 0: what the longest response leaves of max_length
+            "min_prompt_length": 16,  # a response that leaves its prompt less is too long
             "overlong": "error",  # "error" | "truncate" | "drop": what a too long response does
             "batch_size": 16,
             "accumulation": 1,  # micro-batches a batch is split into
@@ -63,6 +68,9 @@ def default_run_config() -> ConfigDict:
             "compute_dtype": "float32",
             "remat": "linear",
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "context": 1},
+            # Low-rank adapters (models/lora.py). rank 0: none, every parameter is trained.
+            # targets: "all", or some of "query,key,value,output,gate,up,down".
+            "lora": {"rank": 0, "alpha": 16.0, "targets": "all"},
             "num_epochs": 1.0,
             "num_steps": 0,  # 0: what num_epochs comes to
             "log_every": 1,
@@ -81,17 +89,77 @@ def open_mesh(config: ConfigDict) -> Mesh:
 
 
 def open_model(config: ConfigDict) -> tuple[Transformer, Mesh]:
-    """The pretrained model of a config, on the config's mesh."""
+    """The pretrained model of a config, with its adapters if it has any, on the config's mesh."""
     for name, choices in _CHOICES.items():
         if config[name] not in choices:
             raise RunError(
                 f"config.{name} is {config[name]!r}; expected one of {', '.join(choices)}."
             )
     mesh = open_mesh(config)
-    model = load_model(
-        config.model, mesh=mesh, compute_dtype=config.compute_dtype, remat=config.remat
+    return adapted(config, load_pretrained(config, config.model, mesh), mesh), mesh
+
+
+def adapted(config: ConfigDict, model: Transformer, mesh: Mesh) -> Transformer:
+    """The model with new adapters if `config.lora` asks for them; its arrays are shared."""
+    if not _adapted(config):
+        return model
+    lora = config.lora
+    targets = None if lora.targets == "all" else [name.strip() for name in lora.targets.split(",")]
+    key = jax.random.key(config.seed)
+    try:
+        return add_adapters(
+            model, rank=lora.rank, alpha=lora.alpha, key=key, targets=targets, mesh=mesh
+        )
+    except ValueError as error:
+        raise RunError(f"config.lora.{error}") from error
+
+
+def load_pretrained(config: ConfigDict, path: str, mesh: Mesh) -> Transformer:
+    """What `load_model` reads, or the trained model of a run's directory, its adapters merged.
+
+    It computes as `config` says, whatever the other run did.
+    """
+    found = run_at(path)
+    settings = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    if found is None:
+        return load_model(path, mesh=mesh, **settings)
+    run, folder = found
+    run.update(settings)
+    return merge_adapters(restored_model(run, folder, mesh))
+
+
+def _adapted(config: ConfigDict) -> bool:
+    lora = config.get("lora")
+    return lora is not None and lora.rank != 0
+
+
+def _abstract_pretrained(config: ConfigDict, path: str, mesh: Mesh) -> Transformer:
+    """The shapes of `load_pretrained`."""
+    found = run_at(path)
+    if found is not None:
+        return _abstract_pretrained(config, found[0].model, mesh)
+    settings = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    return abstract_model(path, mesh=mesh, **settings)
+
+
+def load_pretrained_tokenizer(path: str) -> Any:
+    """The tokenizer of whatever `load_pretrained` reads."""
+    found = run_at(path)
+    return load_tokenizer(path) if found is None else load_pretrained_tokenizer(found[0].model)
+
+
+def run_at(path: str | os.PathLike) -> tuple[ConfigDict, Path] | None:
+    """Config and folder of the run in a directory; None if there is none.
+
+    A run made of runs (`stages`, `online_preferences`) names the one with its result.
+    """
+    folder = Path(path).expanduser()
+    content = read_config(folder) if (folder / "config.json").is_file() else {}
+    if "algorithm" not in content:
+        return None
+    return (
+        run_at(folder / content["result"]) if "result" in content else (ConfigDict(content), folder)
     )
-    return model, mesh
 
 
 def load_examples(data: ConfigDict, source: str, tokenizer: Any, *, kind: str) -> list[Example]:
@@ -104,6 +172,7 @@ def load_examples(data: ConfigDict, source: str, tokenizer: Any, *, kind: str) -
             kind=kind,
             max_length=data.max_length,
             max_prompt_length=data.max_prompt_length or None,
+            min_prompt_length=data.min_prompt_length,
             overlong=data.overlong,
             progress=bar.update,
         )
@@ -177,7 +246,8 @@ def check(config: ConfigDict, directory: Path, model: Transformer, num_examples:
             f"half a batch of config.data.batch_size = {data.batch_size}."
         )
     optimizer = make_optimizer(config.optimizer, num_steps)
-    state = jax.eval_shape(lambda m: (m, optimizer.init(m)), model)
+    trained, _ = partition(model)
+    state = jax.eval_shape(lambda m: (m, optimizer.init(m)), trained)
     # While one is written the one before is still there.
     saved = [file for file in directory.glob("checkpoints/*") if file.name.isdigit()]
     require_space(directory, state, copies=1 if saved else 2)
@@ -272,12 +342,14 @@ def evaluate(
 
 
 def restored_model(config: ConfigDict, directory: Path, mesh: Mesh) -> Transformer:
-    """The trained model of a run directory; `RunError` if it has no checkpoint yet."""
+    """The trained model of a run directory, adapters and all; `RunError` if it has none yet."""
     if not (directory / "checkpoints").is_dir():
         raise RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
-    model = load_model(
-        config.model, mesh=mesh, compute_dtype=config.compute_dtype, remat=config.remat
-    )
+    # Adapters stand beside weights that no checkpoint holds; otherwise shapes are enough.
+    if _adapted(config):
+        model = adapted(config, load_pretrained(config, config.model, mesh), mesh)
+    else:
+        model = _abstract_pretrained(config, config.model, mesh)
     checkpointer = Checkpointer(directory / "checkpoints")
     try:
         if checkpointer.latest_step() is None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -17,14 +16,12 @@ from ml_collections import ConfigDict
 from align_jax.data.chat import Example
 from align_jax.distributed.partitioning import replicated
 from align_jax.models.transformer import Transformer
-from align_jax.training.checkpoint import flatten
+from align_jax.training.checkpoint import fingerprint
 from align_jax.training.metrics import progress
 from align_jax.training.offline import make_collate
 from align_jax.training.scoring import sum_by_response, target_log_probs
 from align_jax.training.step import place_batch
 from align_jax.training.workdir import write_file
-
-Array = jax.Array
 
 
 def cache_directory() -> Path:
@@ -55,7 +52,12 @@ def reference_log_probs(
 
 
 def compute_log_probs(
-    model: Transformer, mesh: Mesh, examples: Sequence[Example], data: ConfigDict
+    model: Transformer,
+    mesh: Mesh,
+    examples: Sequence[Example],
+    data: ConfigDict,
+    *,
+    temperature: float = 1.0,
 ) -> np.ndarray:
     """`reference_log_probs` without the cache; examples of equal lengths share a batch."""
     responses = len(examples[0].responses)
@@ -66,7 +68,7 @@ def compute_log_probs(
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def score(model, batch):
-        log_probs, _ = target_log_probs(model, batch)
+        log_probs, _ = target_log_probs(model, batch, temperature=temperature)
         return sum_by_response(log_probs, batch, data.batch_size * responses)
 
     with (
@@ -85,26 +87,9 @@ def compute_log_probs(
 def _key(model: Transformer, examples: Sequence[Example]) -> str:
     config = dataclasses.replace(model.config, remat="none")  # changes no number
     digest = hashlib.sha256(repr(config).encode())
-    for name, value in sorted(flatten(_fingerprints(model)).items()):
-        digest.update(f"{name} {np.asarray(value).tolist()}".encode())
+    digest.update(fingerprint(model).encode())
     for example in examples:
         for part in (example.prompt, *example.responses, *example.response_masks):
             digest.update(np.int64(len(part)).tobytes())
             digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
-
-
-@jax.jit
-def _fingerprints(model: Transformer) -> Transformer:
-    """Two 32-bit sums of every parameter's bits, weighted by place; exact on any sharding."""
-
-    def fingerprint(x: Array) -> Array:
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        odd = place * jnp.uint32(2654435769) | jnp.uint32(1)
-        mixed = (bits ^ (bits >> 15)) * jnp.uint32(2246822519)
-        return jnp.stack([(bits * odd).sum(dtype=jnp.uint32), (mixed * odd).sum(dtype=jnp.uint32)])
-
-    return jax.tree.map(fingerprint, model)

@@ -13,13 +13,8 @@ Array = jax.Array
 CHUNK_SIZE = 64
 
 
-def target_log_probs(
-    model: Transformer, batch: dict[str, Array], *, temperature: float = 1.0
-) -> tuple[Array, Array]:
-    """Log-probabilities and entropies `[R,S]`, nats, of a batch's targets (layout: docs/data.md).
-
-    Only the hidden states that predict a target are projected, `CHUNK_SIZE` a row at a time.
-    """
+def predicting_states(model: Transformer, batch: dict[str, Array]) -> Array:
+    """The hidden states `[R,S,D]` that predict a batch's targets (layout: docs/data.md)."""
     hidden = model(
         batch["tokens"],
         positions=batch["positions"],
@@ -27,8 +22,18 @@ def target_log_probs(
         branch_ids=batch["branch_ids"],
     )
     predicting = jnp.take_along_axis(hidden, batch["predict_from"][..., None], axis=1)
+    return constrain(predicting, "batch", None, "features")
+
+
+def log_probs_from_states(
+    model: Transformer, states: Array, batch: dict[str, Array], *, temperature: float = 1.0
+) -> tuple[Array, Array]:
+    """Log-probabilities and entropies `[R,S]`, nats, of targets at a temperature.
+
+    Only the hidden states that predict a target are projected, `CHUNK_SIZE` a row at a time.
+    """
     return chunked_token_log_probs(
-        constrain(predicting, "batch", None, "features"),
+        states,
         model.output_embedding,
         batch["targets"],
         chunk_size=CHUNK_SIZE,
@@ -36,7 +41,32 @@ def target_log_probs(
     )
 
 
+def target_log_probs(
+    model: Transformer, batch: dict[str, Array], *, temperature: float = 1.0
+) -> tuple[Array, Array]:
+    """`log_probs_from_states` of the model's own states."""
+    states = predicting_states(model, batch)
+    return log_probs_from_states(model, states, batch, temperature=temperature)
+
+
 def sum_by_response(values: Array, batch: dict[str, Array], num_responses: int) -> Array:
-    """Sums per-target values over each response's counted targets: `[R,S] -> [N]`."""
-    counted = jnp.where(batch["target_mask"] > 0, values, 0.0)
+    """Sums per-target values, weighted, over each response's targets: `[R,S] -> [N]`."""
+    weights = batch["target_mask"]
+    counted = jnp.where(weights > 0, values * weights, 0.0)
     return jax.ops.segment_sum(counted.ravel(), batch["target_response"].ravel(), num_responses)
+
+
+def by_response(values: Array, batch: dict[str, Array], shape: tuple[int, int]) -> Array:
+    """Per-target values in the order of each response's tokens: `[R,S] -> [N,T]`, 0 elsewhere.
+
+    `shape` is `(N, T)`; every token of a response must be a target, as for sampled responses.
+    """
+    response, counted = batch["target_response"], batch["target_mask"] > 0
+    index = jnp.broadcast_to(jnp.arange(response.shape[1]), response.shape)
+    # The targets of a response stand together; the first of them is where the number changes.
+    first = jnp.concatenate(
+        [jnp.ones_like(counted[:, :1]), response[:, 1:] != response[:, :-1]], axis=1
+    )
+    place = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    outside = jnp.where(counted, place, shape[1])
+    return jnp.zeros(shape, values.dtype).at[response, outside].set(values, mode="drop")

@@ -1,4 +1,9 @@
-"""The train step: gradients of a summed loss, accumulated, normalised, clipped, applied."""
+"""The train step: gradients of a summed loss, accumulated, normalised, clipped, applied.
+
+What is trained is written in the model (`models/frozen.py`). Frozen parameters get no gradient and
+no optimizer state, and the step neither consumes nor returns them: the arrays a model shares with
+its reference, or with another model, stay valid for all of them.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from align_jax.distributed.partitioning import named_sharding, replicated
+from align_jax.models.frozen import combine, partition
 from align_jax.models.transformer import parameter_dimensions
 from align_jax.training.checkpoint import flatten, unflatten
 
@@ -19,7 +25,10 @@ Batch = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """What a step reads and writes: everything a checkpoint needs but the place in the data."""
+    """What a step reads and writes: everything a checkpoint needs but the place in the data.
+
+    The optimizer's state is that of the model's trained parameters alone.
+    """
 
     step: Array
     model: nnx.Module
@@ -45,7 +54,7 @@ LossFunction = Callable[[nnx.Module, Batch], LossSums]
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Shardings of a state (or of its shapes): moments lie as their parameters do."""
-    names = flatten(parameter_dimensions(state.model), is_leaf=lambda x: isinstance(x, tuple))
+    names = flatten(parameter_dimensions(state.model), is_leaf=lambda x: type(x) is tuple)
     model = {
         name: named_sharding(mesh, names[name], leaf.shape)
         for name, leaf in flatten(state.model).items()
@@ -66,9 +75,10 @@ def init_state(
     model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The state before the first step; the model's arrays are used, not copied."""
-    shapes = jax.eval_shape(lambda m: TrainState(jnp.int32(0), m, optimizer.init(m)), model)
+    trained, _ = partition(model)
+    shapes = TrainState(jnp.int32(0), model, jax.eval_shape(optimizer.init, trained))
     shardings = state_shardings(shapes, mesh)
-    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(model)
+    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trained)
     step = jax.device_put(jnp.int32(0), replicated(mesh))
     return TrainState(step, jax.device_put(model, shardings.model), moments)
 
@@ -89,6 +99,26 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, *, accumulated: bool) 
     return {name: place(x) for name, x in batch.items()}
 
 
+class TrainStep:
+    """A compiled `(state, batch) -> (state, metrics)`; see `make_train_step`."""
+
+    def __init__(self, jitted: Callable):
+        self._jitted = jitted
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        trained, frozen = partition(state.model)
+        new, metrics = self._jitted(state._replace(model=trained), frozen, batch)
+        return new._replace(model=combine(new.model, frozen)), metrics
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """The step for these arrays or shapes, to be compiled and inspected without running it."""
+        trained, frozen = partition(state.model)
+        return self._jitted.lower(state._replace(model=trained), frozen, batch)
+
+    def _cache_size(self) -> int:  # as of a jitted function
+        return self._jitted._cache_size()
+
+
 def make_train_step(
     loss_function: LossFunction,
     optimizer: optax.GradientTransformation,
@@ -97,30 +127,34 @@ def make_train_step(
     mesh: Mesh,
     *,
     accumulated: bool,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """Compiles `(state, batch) -> (state, metrics)`, once per batch shape; the state is donated.
+) -> TrainStep:
+    """Compiles `(state, batch) -> (state, metrics)`, once per batch shape.
+
+    The state is donated but for its frozen parameters, which come back as the same arrays.
 
     With `accumulated`, every array of the batch has a leading axis of micro-batches. Their summed
     losses' gradients are added and divided once by the whole batch's weight, so that the result is
     that of the undivided batch however unequal the parts are (TRL's #2617 averaged averages).
     """
 
-    def gradients(model, batch):
-        def objective(model):
-            sums = loss_function(model, batch)
+    def gradients(trained, frozen, batch):
+        def objective(trained):
+            sums = loss_function(combine(trained, frozen), batch)
             # An undivided batch is normalised here, which spares a pass over all gradients.
             return sums.loss if accumulated else sums.loss / jnp.maximum(sums.weight, 1.0), sums
 
-        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(model)
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(trained)
         return sums, grads
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, frozen: nnx.Module, batch: Batch):
+        # `state.model` is the trained part.
         if accumulated:
-            shapes = jax.eval_shape(gradients, state.model, jax.tree.map(lambda x: x[0], batch))
+            first = jax.tree.map(lambda x: x[0], batch)
+            shapes = jax.eval_shape(gradients, state.model, frozen, first)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (sums, grads), _ = jax.lax.scan(
                 lambda total, part: (
-                    jax.tree.map(jnp.add, total, gradients(state.model, part)),
+                    jax.tree.map(jnp.add, total, gradients(state.model, frozen, part)),
                     None,
                 ),
                 zeros,
@@ -128,7 +162,7 @@ def make_train_step(
             )
             grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1.0), grads)
         else:
-            sums, grads = gradients(state.model, batch)
+            sums, grads = gradients(state.model, frozen, batch)
         scale = 1.0 / jnp.maximum(sums.weight, 1.0)
         updates, moments = optimizer.update(grads, state.optimizer, state.model)
         metrics = {
@@ -137,13 +171,17 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        model = optax.apply_updates(state.model, updates)
-        return TrainState(state.step + 1, model, moments), metrics
+        trained = optax.apply_updates(state.model, updates)
+        return TrainState(state.step + 1, trained, moments), metrics
 
     shardings = state_shardings(state, mesh)
-    return jax.jit(
-        train_step,
-        in_shardings=(shardings, None),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=(0,),
+    trained, frozen = partition(shardings.model)
+    shardings = shardings._replace(model=trained)
+    return TrainStep(
+        jax.jit(
+            train_step,
+            in_shardings=(shardings, frozen, None),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=(0,),
+        )
     )

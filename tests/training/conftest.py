@@ -1,46 +1,15 @@
-"""What the tests of training share: made examples, the tiny model's parts, a cache of their own."""
+"""What the tests of training share: a mesh and made examples."""
 
-import pathlib
-
-import jax
 import numpy as np
 import pytest
 
-from align_jax.config import load_config
 from align_jax.data.chat import Example
 from align_jax.distributed.mesh import make_mesh
-
-EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ALIGN_JAX_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Tiny models are compiled far longer than they run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
 def mesh():
     return make_mesh()
-
-
-@pytest.fixture
-def tiny_config():
-    """experiments/NAME.py at scale=tiny with overrides `{"data.batch_size": 4}`."""
-
-    def load(name, overrides):
-        items = [f"--config.{key}={value}" for key, value in overrides.items()]
-        return load_config(f"{EXPERIMENTS / name}.py:scale=tiny", items)
-
-    return load
 
 
 @pytest.fixture

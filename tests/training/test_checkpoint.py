@@ -134,6 +134,49 @@ def test_what_a_killed_run_left_half_written_is_ignored_and_cleaned_by_the_next_
     assert [path.name for path in folder.iterdir()] == ["5"]
 
 
+def damaged(path, how):
+    content = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "gone"])
+def test_every_damaged_file_is_named_before_anything_is_read(mesh, folder, how, capfd):
+    state = make_state(mesh, step=4, seed=3)
+    save(folder, state, {"next_example": 8})
+    reader = Checkpointer(folder)
+    files = [path for path in (folder / "4").rglob("*") if path.is_file()]
+    files = [path for path in files if path.name != "file_sizes.json"]
+    assert len(files) > 10
+    for path in files:
+        content = path.read_bytes()
+        damaged(path, how)
+        with pytest.raises(RunError) as caught:
+            reader.restore(state)
+        message = str(caught.value)
+        assert f"the checkpoint of step 4 in {folder} cannot be read" in message
+        assert path.name in message and "remove that directory" in message
+        path.write_bytes(content)
+    assert reader.restore(state)[1] == {"next_example": 8}
+    reader.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["model/_METADATA", "optimizer/_METADATA", "model/manifest.ocdbt", "data/metadata"]
+)
+def test_damage_after_a_kill_is_said_too_though_no_sizes_were_written(mesh, folder, name):
+    state = make_state(mesh, step=4)
+    save(folder, state, {})
+    for path in (folder / "4" / "file_sizes.json", folder / "4" / name):
+        damaged(path, "cut" if path.name == "manifest.ocdbt" else "gone")
+    (folder / "4" / "file_sizes.json").unlink(missing_ok=True)
+    with pytest.raises(RunError, match="the checkpoint of step 4 in .* cannot be read"):
+        Checkpointer(folder).restore(state)
+
+
 def test_a_directory_without_checkpoints_has_no_latest_step(folder):
     folder.mkdir()
     assert Checkpointer(folder).latest_step() is None

@@ -170,7 +170,7 @@ def test_handlers_are_installed_in_the_main_thread_only(monkeypatch):
     other = object()
     monkeypatch.setattr(loop.threading, "current_thread", lambda: other)
     before = signal.getsignal(signal.SIGTERM)
-    with loop._StopSignals() as stop:
+    with loop.StopSignals() as stop:
         assert signal.getsignal(signal.SIGTERM) == before
     assert stop.received is None
 

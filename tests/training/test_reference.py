@@ -23,8 +23,9 @@ def examples(make_examples):
 
 
 @pytest.fixture
-def computed(monkeypatch):
-    """Calls of compute_log_probs, which is replaced by something quick."""
+def computed(monkeypatch, tmp_path):
+    """Calls of compute_log_probs, which is replaced by something quick; the cache is empty."""
+    monkeypatch.setenv("ALIGN_JAX_CACHE", str(tmp_path / "cache"))
     calls = []
 
     def compute(model, mesh, examples, data):
