@@ -10,20 +10,11 @@ Exit status: 0 done; 2 something the user can mend, said in one message; 130 or 
 
 import argparse
 import errno
-import importlib
 import json
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
-
-# What `config.algorithm` may say, and the module with its run and evaluate, of (config, workdir).
-ALGORITHMS = {
-    "sft": "align_jax.algorithms.sft",
-    "preference": "align_jax.algorithms.preference",
-    "controlled_sentiment": "align_jax.algorithms.controlled_sentiment",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from align_jax.data.formats import DataError
     from align_jax.models.families import ModelError
+    from align_jax.rewards.base import RewardError
     from align_jax.training.errors import RunError
     from align_jax.training.loop import Interrupted
 
@@ -57,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno == errno.ENOSPC:
             return _fail(f"the disk is full ({error}). Free some space, then start again.")
         return _fail(str(error))
-    except (RunError, DataError, ModelError, ImportError) as error:
+    except (RunError, DataError, ModelError, RewardError, ImportError) as error:
         return _fail(str(error))
     return 0
 
@@ -107,23 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _algorithm(config: Any) -> Any:
-    from align_jax.training.errors import RunError
-
-    if config.get("algorithm") not in ALGORITHMS:
-        raise RunError(
-            f"config.algorithm is {config.get('algorithm')!r}; expected one of {list(ALGORITHMS)}."
-        )
-    return importlib.import_module(ALGORITHMS[config.algorithm])
-
-
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from align_jax.algorithms import algorithm_of
     from align_jax.config import load_config
     from align_jax.distributed.mesh import initialize_distributed
     from align_jax.training.workdir import Workdir
 
     config = load_config(arguments.config, overrides)
-    algorithm = _algorithm(config)
+    algorithm = algorithm_of(config)
     initialize_distributed()
     workdir = Workdir(arguments.workdir, config)
     if workdir.finished() is not None:
@@ -171,23 +154,24 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
+    from align_jax.algorithms import OF_OWN_SAMPLES, algorithm_of
     from align_jax.training.errors import RunError
     from align_jax.training.workdir import Workdir
 
     config = _run_config(arguments.workdir)
     workdir = Workdir(arguments.workdir, config)
-    if arguments.data:
-        config.data.eval_source = arguments.data
-    if config.algorithm == "controlled_sentiment":
+    if config.algorithm in OF_OWN_SAMPLES:
         if arguments.data:
             raise RunError(
-                "a run of controlled sentiment is evaluated on its own samples: no --data."
+                f"a run of {config.algorithm} is evaluated on its own samples: no --data."
             )
-    elif not config.data.eval_source:
+    elif arguments.data:
+        config.data.eval_source = arguments.data
+    elif not config.data.eval_source and not config.get("held_out"):
         raise RunError(
             "the run's config has no data.eval_source; name the data with --data=SOURCE."
         )
-    print(json.dumps(_algorithm(config).evaluate(config, workdir), indent=2))
+    print(json.dumps(algorithm_of(config).evaluate(config, workdir), indent=2))
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -216,12 +200,11 @@ def _run_config(workdir: str | os.PathLike) -> Any:
 def _open(path: str) -> tuple[Any, Any]:
     """Model and tokenizer of a workdir, or of anything `load_model` reads."""
     from align_jax.models.interchange import load_model, load_tokenizer
-    from align_jax.training.offline import open_mesh, restored_model
-    from align_jax.training.workdir import read_config
+    from align_jax.training import offline
 
-    folder = Path(path)
-    if (folder / "config.json").is_file() and "algorithm" in read_config(folder):
-        config = _run_config(folder)
-        model = restored_model(config, folder, open_mesh(config))
-        return model, load_tokenizer(config.model)
-    return load_model(path), load_tokenizer(path)
+    found = offline.run_at(path)
+    if found is None:
+        return load_model(path), load_tokenizer(path)
+    run, folder = found
+    model = offline.load_pretrained(run, folder, offline.open_mesh(run))
+    return model, offline.load_pretrained_tokenizer(folder)

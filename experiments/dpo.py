@@ -6,12 +6,20 @@ Run it with
     launch/local.sh experiments/dpo.py --config.data.source=pairs.jsonl --config.beta=0.05
 
 `scale=tiny` takes 12 s on 2 cores, compilation included; the tests check that it learns.
-`scale=small` trains SmolLM2 on built-in data; `scale=paper` follows the paper as the comments in it
-say. Neither of these two has been measured yet.
+`scale=small`, the default, trains SmolLM2 on built-in data (128 pairs, 16 steps): 10 minutes on 2
+cores shared with others, 2.5 of them computing. From 0.693 the loss falls to 0.23 (the last four
+steps' mean), with all pairs of every batch in the right order from the second step on and a margin
+of 1.5; so few steps leave what the model writes greedily nearly as it was. `scale=paper` follows
+the paper as the comments in it say; it has not been run.
+
+`--config.loss=` names any loss of algorithms/pair_losses.py, `--config.loss_options.NAME=` sets
+what is its own. Losses on averages per token want a larger beta: SimPO 2, with
+`loss_options.gamma` 1; length-normalised DPO 5. KTO takes labelled records.
 """
 
 from ml_collections import ConfigDict
 
+from align_jax.algorithms.pair_losses import default_loss_options
 from align_jax.config import parse_scale
 from align_jax.training.offline import default_data_config, default_run_config
 from align_jax.training.optimizer import default_optimizer_config
@@ -22,6 +30,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     config = default_run_config()
     config.algorithm = "preference"
     config.loss = "dpo"
+    config.loss_options = default_loss_options()
     config.beta = 0.1
     config.optimizer = default_optimizer_config(learning_rate=5e-6, schedule="linear")
     config.data = default_data_config(

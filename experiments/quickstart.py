@@ -23,8 +23,10 @@ and the paper's learning rate, with VADER and made openings still; it has not be
 
 from ml_collections import ConfigDict
 
+from align_jax.algorithms.pair_losses import default_loss_options
 from align_jax.config import parse_scale
 from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.online import default_sampling_config
 from align_jax.training.optimizer import default_optimizer_config
 
 
@@ -33,18 +35,13 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     config = default_run_config()
     config.algorithm = "controlled_sentiment"
     config.loss = "dpo"
+    config.loss_options = default_loss_options()
     config.beta = 0.3  # at 0.1 one seed in three drifts past 5 nats
     config.reward = "vader"
     config.optimizer = default_optimizer_config(learning_rate=3.5e-5, warmup_steps=2)
     config.data = default_data_config(batch_size=16, rows=4, max_length=64)
-    config.sampling = ConfigDict(
-        {
-            "prompts": 200,
-            "samples": 4,
-            "max_new_tokens": 24,
-            "batch_prompts": 40,  # prompts and samples of each that are decoded together
-            "batch_samples": 4,
-        }
+    config.sampling = default_sampling_config(
+        prompts=200, samples=4, max_new_tokens=24, batch_prompts=40, batch_samples=4
     )
     config.evaluation = ConfigDict({"prompts": 40, "base_samples": 20, "trained_samples": 8})
     if scale == "tiny":

@@ -6,8 +6,10 @@ Run it with
     launch/local.sh experiments/sft.py --config.data.source=demonstrations.jsonl
 
 `scale=tiny` takes 12 s on 2 cores, compilation included; the tests check that it learns.
-`scale=small` trains SmolLM2 on built-in data; `scale=paper` follows the paper as the comments in it
-say. Neither of these two has been measured yet.
+`scale=small`, the default, trains SmolLM2 on built-in data (128 records, 16 steps): 3 minutes on 2
+cores shared with others, 50 s of them computing. The loss falls from 1.99 to 0.08 nats a token,
+after which "Count 4 from 33:" is continued with " 34 35 36 37". `scale=paper` follows the paper as
+the comments in it say; it has not been run.
 """
 
 from ml_collections import ConfigDict

@@ -1,1 +1,30 @@
-"""One file per method: the page of the paper, readable from top to bottom."""
+"""One file per method; `ALGORITHMS` says which."""
+
+import importlib
+from types import ModuleType
+
+from ml_collections import ConfigDict
+
+from align_jax.training.errors import RunError
+
+# What `config.algorithm` may say, and the module with its run and evaluate, of (config, workdir).
+ALGORITHMS = {
+    "sft": "align_jax.algorithms.sft",
+    "preference": "align_jax.algorithms.preference",
+    "reward_model": "align_jax.algorithms.reward_model",
+    "policy_gradient": "align_jax.algorithms.policy_gradient",
+    "online_preferences": "align_jax.algorithms.online_preferences",
+    "controlled_sentiment": "align_jax.algorithms.controlled_sentiment",
+    "stages": "align_jax.algorithms.stages",
+}
+
+# Those whose runs are evaluated on samples they keep, not on records of `data.eval_source`.
+OF_OWN_SAMPLES = ("policy_gradient", "online_preferences", "controlled_sentiment", "stages")
+
+
+def algorithm_of(config: ConfigDict, *, key: str = "config") -> ModuleType:
+    """The module that runs a config; `RunError` if it names none."""
+    name = config.get("algorithm")
+    if name not in ALGORITHMS:
+        raise RunError(f"{key}.algorithm is {name!r}; expected one of {list(ALGORITHMS)}.")
+    return importlib.import_module(ALGORITHMS[name])

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from align_jax.data.chat import Example
 from align_jax.losses.log_probs import negative_log_likelihood
-from align_jax.models.interchange import load_tokenizer
 from align_jax.models.transformer import Transformer
 from align_jax.training import offline
 from align_jax.training.scoring import target_log_probs
@@ -32,7 +31,7 @@ def loss_sums(model: Transformer, batch: Batch) -> LossSums:
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Trains as configured; returns the summary."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = offline.load_pretrained_tokenizer(config.model)
     examples = offline.load_examples(config.data, config.data.source, tokenizer, kind=KIND)
     held_out = _held_out(config, tokenizer)
     model, mesh = offline.open_model(config)
@@ -42,7 +41,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """The trained model's loss on `config.data.eval_source`, in nats a token."""
-    held_out = _held_out(config, load_tokenizer(config.model))
+    held_out = _held_out(config, offline.load_pretrained_tokenizer(config.model))
     mesh = offline.open_mesh(config)
     model = offline.restored_model(config, workdir.path, mesh)
     return _evaluated(config, model, mesh, held_out)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from align_jax.algorithms import controlled_sentiment as module
 from align_jax.algorithms.controlled_sentiment import evaluate, make_pairs, run, summarise
-from align_jax.training import offline
+from align_jax.training import offline, online, phases
 from align_jax.training.errors import RunError
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
@@ -133,7 +132,7 @@ def test_the_whole_runs_is_not_run_again_and_survives_an_interruption_anywhere(
 
     # Run again, nothing is computed: every phase is there.
     with monkeypatch.context() as patch:
-        patch.setattr(module, "generate", pytest.fail)
+        patch.setattr(online, "generate", pytest.fail)
         patch.setattr(offline, "load_model", pytest.fail)
         assert without_seconds(run(config, workdir)) == without_seconds(summary)
 
@@ -142,7 +141,7 @@ def test_the_whole_runs_is_not_run_again_and_survives_an_interruption_anywhere(
         pass
 
     cut = Workdir(tmp_path / "cut", config)
-    write_file, written_files = module.write_file, []
+    write_file, written_files = phases.write_file, []
 
     def write_and_die(path, content):
         write_file(path, content)
@@ -150,7 +149,7 @@ def test_the_whole_runs_is_not_run_again_and_survives_an_interruption_anywhere(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_file", write_and_die)
+        patch.setattr(phases, "write_file", write_and_die)
         for _ in range(4):
             with pytest.raises(Killed):
                 run(config, cut)
@@ -182,7 +181,7 @@ def test_evaluating_an_unfinished_run_names_the_phase(config, tmp_path):
 def test_a_wrong_config_is_refused_before_sampling(
     tiny_config, tmp_path, monkeypatch, overrides, message
 ):
-    monkeypatch.setattr(module, "generate", pytest.fail)
+    monkeypatch.setattr(online, "generate", pytest.fail)
     config = tiny_config("quickstart", overrides)
     with pytest.raises(RunError, match=message):
         run(config, Workdir(tmp_path, config))

@@ -1,0 +1,215 @@
+"""Online alignment in rounds: generate, compare, refit the reward model, continue the policy.
+
+Ziegler et al. 2019 (arXiv:1909.08593, section 2.3) collect comparisons of the current policy's
+samples all along; Bai et al. 2022 (arXiv:2204.05862, section 4.5) and Touvron et al. 2023
+(arXiv:2307.09288, section 3.2) do it in rounds of weeks, as here. Every round
+
+1. samples `samples` completions of each of the next `prompts` prompts from the current policy,
+2. has every pair of them compared: by an oracle, by a language model, or by people through files
+   (the run then stops and says which file it waits for; the same command goes on),
+3. fits a reward model, from its base, to the comparisons of all rounds so far,
+4. continues the policy against it, with a new optimizer and critic. The reference of the KL stays
+   `config.policy.model`.
+
+    WORKDIR/round_0/samples/    sample.jsonl, comparisons.jsonl
+    WORKDIR/round_0/labels/     pairs.jsonl, labels.jsonl: with people only
+    WORKDIR/round_0/reward/     a run of `reward_model`
+    WORKDIR/round_0/policy/     a run of `policy_gradient`
+
+Whatever was interrupted goes on where it was. `comparer` decides pairs; the records the reward
+model learns from are rankings by the number of comparisons won, ties shared.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from align_jax.algorithms import policy_gradient, reward_model
+from align_jax.data.pipeline import permutation
+from align_jax.evaluation.policies import draw_samples
+from align_jax.rewards.base import Comparer, checked_probabilities
+from align_jax.rewards.configured import make_comparer
+from align_jax.training import offline
+from align_jax.training.errors import RunError
+from align_jax.training.phases import Phases
+from align_jax.training.workdir import Workdir, write_file
+
+
+def make_online_config(
+    *, reward_model: ConfigDict, policy: ConfigDict, rounds: int, prompts: int, samples: int
+) -> ConfigDict:
+    """The config of `rounds` rounds of these two runs; the last round's policy is the result."""
+    return ConfigDict(
+        {
+            "algorithm": "online_preferences",
+            "result": f"round_{rounds - 1}/policy",
+            "seed": 0,
+            "rounds": rounds,
+            "prompts": prompts,  # of a round
+            "samples": samples,  # of each prompt, all compared with each other
+            "comparer": {"kind": "oracle", "reward": "vader"},  # see docs/rewards.md
+            "reward_model": reward_model,
+            "policy": policy,
+        }
+    )
+
+
+def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """Runs the rounds that are not finished; returns the summaries of each round's two runs."""
+    _check(config)
+    summaries: dict[str, Any] = {}
+    for number in range(config.rounds):
+        folder = workdir.path.resolve() / f"round_{number}"
+        folder.mkdir(exist_ok=True)
+        phases = Phases(folder)
+        before = str(folder.parent / f"round_{number - 1}" / "policy") if number else ""
+        phases.run("sample", lambda: _sample(config, before, number))  # noqa: B023
+        phases.run("comparisons", lambda: _compare(config, phases.read("sample"), folder))  # noqa: B023
+        reward = _reward_config(config, folder.parent, number)
+        policy = _policy_config(config, folder, before, number)
+        for name, algorithm, stage in (
+            ("reward", reward_model, reward),
+            ("policy", policy_gradient, policy),
+        ):
+            stage_workdir = Workdir(folder / name, stage)
+            if stage_workdir.finished() is None:
+                print(f"Round {number}, {name}: {stage_workdir.path}")
+                stage_workdir.finish(algorithm.run(stage, stage_workdir))
+            summaries[f"round_{number}/{name}"] = stage_workdir.finished()
+    return summaries
+
+
+def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """The summaries of the finished runs."""
+    files = sorted(workdir.path.glob("round_*/*/finished.json"))
+    return {
+        "/".join(file.parts[-3:-1]): json.loads(file.read_text(encoding="utf-8")) for file in files
+    }
+
+
+def rank_by_wins(wins: np.ndarray) -> list[int]:
+    """Ranks, 0 the best, of K completions by comparisons won `[K]`; equal numbers share a rank."""
+    return [int((wins > own).sum()) for own in wins]
+
+
+def _check(config: ConfigDict) -> None:
+    for name, least in (("rounds", 1), ("prompts", 1), ("samples", 2)):
+        if config[name] < least:
+            raise RunError(f"config.{name} is {config[name]}; expected at least {least}.")
+    if config.reward_model.loss == "pairwise":
+        raise RunError(
+            "config.reward_model.loss is 'pairwise', but the rounds make rankings: expected "
+            "best_of_k, all_pairs (for two samples the same as pairwise) or plackett_luce."
+        )
+    if config.result != f"round_{config.rounds - 1}/policy":
+        raise RunError(
+            f"config.result is {config.result!r}; with config.rounds = {config.rounds} it is "
+            f"round_{config.rounds - 1}/policy."
+        )
+    policy_gradient.check_choices(config.policy, key="config.policy")
+
+
+def _sample(config: ConfigDict, before: str, number: int) -> list[dict[str, Any]]:
+    """Completions of this round's prompts by the current policy."""
+    policy = config.policy
+    tokenizer = offline.load_pretrained_tokenizer(policy.model)
+    records, examples = policy_gradient.load_prompts(
+        policy.data, policy.data.source, tokenizer, max_new_tokens=policy.sampling.max_new_tokens
+    )
+    first = number * config.prompts
+    order = [
+        permutation(len(examples), config.seed, epoch)[place]
+        for epoch, place in (divmod(i, len(examples)) for i in range(first, first + config.prompts))
+    ]
+    settings = ConfigDict(policy.to_dict() | {"model": before or policy.model})
+    model, mesh = offline.open_model(settings)
+    key = jax.random.fold_in(jax.random.key(config.seed), number)
+    return draw_samples(
+        model,
+        mesh,
+        tokenizer,
+        [records[examples[i].id] for i in order],
+        [examples[i].prompt for i in order],
+        count=config.samples,
+        sampling=policy.sampling,
+        reward=lambda records, texts: np.zeros(len(texts)),  # what they are worth is to be asked
+        key=key,
+        description=f"sampling, round {number}",
+    )
+
+
+def _compare(
+    config: ConfigDict, samples: list[dict[str, Any]], folder: Path
+) -> list[dict[str, Any]]:
+    """A ranking of each prompt's completions."""
+    comparer: Comparer = make_comparer(
+        config.comparer, directory=folder / "labels", mesh=offline.open_mesh(config.policy)
+    )
+    groups = [samples[i : i + config.samples] for i in range(0, len(samples), config.samples)]
+    pairs = list(itertools.combinations(range(config.samples), 2))
+    asked = [(group, i, j) for group in groups for i, j in pairs]
+    probabilities = checked_probabilities(
+        comparer,
+        [{"prompt": group[0]["prompt"]} for group, _, _ in asked],
+        [group[i]["text"] for group, i, _ in asked],
+        [group[j]["text"] for group, _, j in asked],
+    ).reshape(len(groups), len(pairs))
+    records = []
+    for group, row in zip(groups, probabilities):
+        wins = np.zeros(config.samples)
+        for (i, j), p in zip(pairs, row):
+            wins[i] += p
+            wins[j] += 1 - p
+        records.append(
+            {
+                "prompt": group[0]["prompt"],
+                "completions": [_completion(group[0]["prompt"], one["text"]) for one in group],
+                "ranks": rank_by_wins(wins),
+            }
+        )
+    return records
+
+
+def _completion(prompt: Any, text: str) -> Any:
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _reward_config(config: ConfigDict, folder: Path, number: int) -> ConfigDict:
+    """This round's reward model, on the comparisons of every round so far that decide anything."""
+    records = [
+        record
+        for past in range(number + 1)
+        for record in Phases(folder / f"round_{past}").read("comparisons")
+        if len(set(record["ranks"])) > 1
+    ]
+    if config.reward_model.loss == "best_of_k":
+        # A shared first place names no best one.
+        records = [record for record in records if record["ranks"].count(0) == 1]
+    if not records:
+        raise RunError(
+            f"every comparison of round {number} is a tie, so there is nothing to learn from: "
+            "look at config.comparer, or raise config.samples."
+        )
+    file = folder / f"round_{number}" / "all_comparisons.jsonl"
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    if jax.process_index() == 0 and not file.exists():
+        write_file(file, lines.encode("utf-8"))
+    settings = ConfigDict(config.reward_model.to_dict())
+    settings.data.source = str(file)
+    return settings
+
+
+def _policy_config(config: ConfigDict, folder: Path, before: str, number: int) -> ConfigDict:
+    """This round's policy: from the last round's, against this round's reward model."""
+    settings = ConfigDict(config.policy.to_dict())
+    settings.update(
+        reward=ConfigDict({"kind": "model", "path": str(folder / "reward")}),
+        init=before,
+        seed=config.seed * config.rounds + number,
+    )
+    return settings

@@ -1,0 +1,274 @@
+"""Policies from rewards, online: PPO, REINFORCE, RLOO, GRPO and its kin, online DPO.
+
+One iteration samples completions of a batch of prompts, scores them, and takes `epochs` passes of
+`minibatches` updates each over what it sampled. What the methods share is that the policy is to
+maximise
+
+    E[ r(x, y) - beta KL(pi(.|x) || pi_ref(.|x)) ]        (Ziegler et al. 2019, eq. 2)
+
+They differ in three choices, each a field of the config: `loss` (what a token's loss is),
+`advantage` (what a sampled token is compared with) and `aggregation` (how token losses add up).
+
+    PPO         loss=ppo        advantage=gae              a critic; Schulman et al. 2017
+    PPO-ptx     and ptx.source, ptx.gamma                  Ouyang et al. 2022, eq. 2
+    REINFORCE   loss=reinforce  advantage=moving_baseline  Williams 1992
+    RLOO        loss=reinforce  advantage=rloo             Ahmadian et al. 2024
+    GRPO        loss=ppo        advantage=grpo             Shao et al. 2024; kl.placement=loss
+    Dr. GRPO    and scale_rewards=False, aggregation=dr_grpo      Liu et al. 2025
+    DAPO        and aggregation=dapo, clip_range_high=0.28, dynamic_sampling, kl.coefficient=0
+    GSPO, CISPO loss=gspo, loss=cispo
+    online DPO  loss=dpo        beta is kl.coefficient     Guo et al. 2024 (OAIF)
+
+Old, new and reference log-probabilities are all taken at the sampling temperature. The old ones are
+the trainer's own, computed before the first update; `val/sampler_gap` says how far the sampler's
+were from them. The KL that is logged (`objective/kl`) is the one in the objective: old minus
+reference log-probabilities, summed over a completion.
+"""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from align_jax.algorithms.policy_trainer import Trainer
+from align_jax.data.chat import Example, encode_records
+from align_jax.data.formats import Record
+from align_jax.data.sources import load_records
+from align_jax.evaluation.policies import (
+    DISTINCT_SAMPLES,
+    Sample,
+    draw_samples,
+    summarise,
+    with_log_probs_under,
+    write_comparison,
+)
+from align_jax.evaluation.report import format_summary
+from align_jax.models.lora import without_adapters
+from align_jax.models.transformer import Transformer
+from align_jax.rewards.base import check_records
+from align_jax.rewards.configured import make_reward
+from align_jax.training import offline, online
+from align_jax.training.errors import RunError
+from align_jax.training.online import default_sampling_config
+from align_jax.training.phases import Phases
+from align_jax.training.workdir import Workdir
+
+CHOICES = {
+    "loss": ("ppo", "reinforce", "gspo", "cispo", "dpo"),
+    "advantage": ("gae", "rloo", "grpo", "moving_baseline"),
+    "aggregation": ("dapo", "grpo", "dr_grpo", "sum"),
+    "critic": ("none", "separate", "shared"),
+    "missing_eos": ("ignore", "replace", "subtract"),
+    "kl.placement": ("reward", "loss"),
+    "kl.estimator": ("k1", "k2", "k3"),
+}
+
+
+def default_policy_gradient_config() -> ConfigDict:
+    """The fields of a policy-gradient config beside `data`, `optimizer` and those of every run.
+
+    The defaults are PPO's as in Stiennon et al. 2020 and Huang et al. 2024 (arXiv:2403.17031).
+    """
+    return ConfigDict(
+        {
+            "algorithm": "policy_gradient",
+            "reward": {"kind": "vader"},  # and the keys of its kind, see docs/rewards.md
+            "init": "",  # model the policy starts from; "": config.model, which is the reference
+            "num_iterations": 100,
+            "sampling": default_sampling_config(),
+            "epochs": 4,  # passes over the completions of an iteration
+            "minibatches": 1,  # updates of a pass
+            "loss": "ppo",
+            "advantage": "gae",
+            "aggregation": "dapo",  # "dapo": mean over tokens; "sum": over a completion's tokens
+            "kl": {
+                "coefficient": 0.05,
+                "placement": "reward",
+                "estimator": "k3",  # of the loss term; the reward has k1
+                "target": 0.0,  # nats a completion; 0: the coefficient is fixed
+                "horizon": 10_000,  # completions
+            },
+            "clip_range": 0.2,
+            "clip_range_high": 0.0,  # 0: clip_range
+            "dual_clip": 0.0,  # 0: off
+            "max_approx_kl": 0.0,  # ends an iteration's updates; 0: never
+            "importance_cap": 0.0,  # of trainer over sampler probabilities; 0: no correction
+            "scale_rewards": True,  # GRPO's division by the group's standard deviation
+            "dynamic_sampling": 0,  # times that groups of equal rewards are replaced
+            "baseline_decay": 0.9,
+            "entropy_coefficient": 0.0,
+            "critic": "separate",
+            "critic_init": "",  # a reward model's directory; "": the policy, with a head of zeros
+            "value_coefficient": 0.1,
+            "value_clip_range": 0.2,
+            "discount": 1.0,
+            "lambda_": 0.95,
+            "whiten_rewards": False,
+            "whiten_advantages": True,
+            "missing_eos": "ignore",  # what a completion without stop token gets: "ignore": its
+            "missing_eos_score": -1.0,  # score; "replace": this score; "subtract": minus |this|
+            "ptx": {"source": "", "gamma": 27.8, "batch_size": 8},  # of an update; "": off
+            # Held-out prompts, and samples of each before and after training; "": none.
+            "evaluation": {
+                "source": "",
+                "prompts": 40,
+                "base_samples": 16,
+                "trained_samples": 8,
+            },
+        }
+    )
+
+
+def check_choices(config: ConfigDict, *, key: str = "config") -> None:
+    """Raises `RunError` for fields that say nothing we know or do not go together.
+
+    `key` is what messages call the config.
+    """
+    for name, choices in CHOICES.items():
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        if value not in choices:
+            raise RunError(f"{key}.{name} is {value!r}; expected one of {', '.join(choices)}.")
+    sampling, least = config.sampling, {}
+    for name in ("num_iterations", "epochs", "minibatches", "sampling.prompts"):
+        least[name] = 1
+    least["sampling.samples"] = 2 if config.loss == "dpo" else 1
+    if config.loss != "dpo" and config.advantage in ("rloo", "grpo"):
+        least["sampling.samples"] = 2
+    least["sampling.max_new_tokens"] = 1
+    if config.evaluation.source:
+        least["evaluation.base_samples"] = 4 * DISTINCT_SAMPLES
+        least["evaluation.trained_samples"] = DISTINCT_SAMPLES
+    for name, bound in least.items():
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        if value < bound:
+            raise RunError(f"{key}.{name} is {value}; expected at least {bound}.")
+    if sampling.temperature <= 0:
+        raise RunError(
+            f"{key}.sampling.temperature is {sampling.temperature}; a policy gradient needs "
+            "samples, so expected more than 0."
+        )
+    parts = config.minibatches * config.data.accumulation
+    if sampling.prompts % parts:
+        raise RunError(
+            f"{key}.sampling.prompts = {sampling.prompts} is no multiple of {key}.minibatches x "
+            f"{key}.data.accumulation = {parts}."
+        )
+    needs_critic = config.loss != "dpo" and config.advantage == "gae"
+    if needs_critic != (config.critic != "none"):
+        raise RunError(
+            f"{key}.advantage=gae needs a critic: set {key}.critic to separate or shared."
+            if needs_critic
+            else f"{key}.critic is {config.critic!r}, but only {key}.advantage=gae has a critic; "
+            f"set {key}.critic=none."
+        )
+    if config.kl.placement == "loss" and config.kl.target > 0:
+        raise RunError(f"{key}.kl.target needs {key}.kl.placement=reward.")
+
+
+def load_prompts(
+    data: ConfigDict, source: str, tokenizer: Any, *, max_new_tokens: int
+) -> tuple[list[Record], list[Example]]:
+    """Records of kind `prompt` and their tokens; an example's id is its record's index."""
+    records = load_records(source, kind="prompt", limit=data.limit or None, invalid=data.invalid)
+    room = data.max_length - max_new_tokens
+    if room < 1:
+        raise RunError(
+            f"config.data.max_length = {data.max_length} leaves no room for a prompt beside "
+            f"config.sampling.max_new_tokens = {max_new_tokens}."
+        )
+    longest = min(data.max_prompt_length or room, room)
+    examples = encode_records(
+        records,
+        tokenizer,
+        kind="prompt",
+        max_length=data.max_length,
+        max_prompt_length=longest,
+    )
+    return records, examples
+
+
+def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """Trains a policy, samples it on held-out prompts if there are any, and writes the report."""
+    check_choices(config)
+    tokenizer = offline.load_pretrained_tokenizer(config.model)
+    sampling, held_out = config.sampling, config.evaluation
+    online.stop_tokens(tokenizer, sampling)
+    load = lambda source: load_prompts(  # noqa: E731
+        config.data, source, tokenizer, max_new_tokens=sampling.max_new_tokens
+    )
+    records, examples = load(config.data.source)
+    if sampling.prompts > len(examples):
+        raise RunError(
+            f"config.sampling.prompts = {sampling.prompts} is more than there are prompts: "
+            f"{len(examples)}."
+        )
+    reward = make_reward(config.reward, tokenizer=tokenizer, mesh=offline.open_mesh(config))
+    check_records(reward, records)
+    phases = Phases(workdir.path)
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
+    model, mesh = offline.open_model(config)
+    reference = without_adapters(model)
+    if held_out.source:
+        held_out_records, held_out_examples = load(held_out.source)
+        count = min(held_out.prompts, len(held_out_examples))
+        held_out_examples = held_out_examples[:count]
+
+        def draw(name: str, policy: Transformer, samples: int, fold: int) -> list[Sample]:
+            return draw_samples(
+                policy,
+                mesh,
+                tokenizer,
+                [held_out_records[example.id] for example in held_out_examples],
+                [example.prompt for example in held_out_examples],
+                count=samples,
+                sampling=sampling,
+                reward=reward,
+                key=jax.random.fold_in(key, fold),
+                description=name,
+            )
+
+        base_samples = phases.run(
+            "sample_base", lambda: draw("sampling base", reference, held_out.base_samples, 0)
+        )
+    trainer = Trainer(
+        config, workdir.path, mesh, tokenizer, model, reference, reward, records, examples
+    )
+    del model
+    rows = phases.run("train", lambda: [trainer.fit()])
+    if not held_out.source:
+        return {"train": rows[0]}
+
+    def sample_trained() -> list[Sample]:
+        policy = offline.restored_model(config, workdir.path, mesh)
+        samples = draw("sampling trained", policy, held_out.trained_samples, 1)
+        return with_log_probs_under(
+            reference,
+            mesh,
+            samples,
+            held_out.trained_samples,
+            config.data,
+            temperature=sampling.temperature,
+        )
+
+    trained_samples = phases.run("sample_trained", sample_trained)
+    summary = summarise(base_samples, trained_samples, held_out)
+    summary |= {"train": rows[0], "seconds": phases.seconds, "seed": config.seed}
+    summary["config"] = config.to_dict()
+    title = f"{config.loss}/{config.advantage} on {config.data.source}: {config.model}"
+    write_comparison(workdir.path, title, summary, base_samples, trained_samples, held_out)
+    print(format_summary(summary))
+    print(f"\nReport: {workdir.path / 'report' / 'index.html'}")
+    return summary
+
+
+def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """The numbers of a finished run, from its samples."""
+    if not config.evaluation.source:
+        raise RunError("the run's config has no evaluation.source, so it has no held-out samples.")
+    phases = Phases(workdir.path)
+    base, trained = (phases.read(name) for name in ("sample_base", "sample_trained"))
+    return summarise(base, trained, config.evaluation)

@@ -1,0 +1,151 @@
+"""Reward against KL of every method on controlled sentiment: one base, one budget, one table.
+
+    python benchmarks/sentiment_frontier.py --workdir=runs/frontier
+
+Each method generates 800 completions of 24 tokens of SmolLM2 to learn from, on the same 200
+openings, and is evaluated on the same 40 held-out ones (8 samples each) against the same reward,
+VADER; best of n is that of the base's samples on them. DPO's pairs are best against worst of 4;
+online DPO's likewise, from the current policy. The table and the picture go to docs/results.md
+(between its marks) and docs/sentiment_frontier.png. Runs that are finished are not run again, so a
+stopped benchmark goes on. It takes 1 to 2 hours on 2 cores.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+ONLINE = ["--config.data.limit=200", "--config.evaluation.base_samples=20"]
+# What a run of each method is, beside its KL coefficient; 20 iterations of 40 completions.
+METHODS = {
+    "PPO": (
+        "ppo.py",
+        ["--config.epochs=2", "--config.minibatches=2", "--config.num_iterations=20"],
+    ),
+    "RLOO": ("rloo.py", []),
+    "REINFORCE": ("reinforce.py", []),
+    "online DPO": (
+        "rloo.py",
+        ["--config.loss=dpo", "--config.optimizer.learning_rate=3.5e-5"],
+    ),
+    "DPO": ("quickstart.py", []),
+}
+COEFFICIENTS = {
+    "PPO": (0.02, 0.1, 0.3),
+    "RLOO": (0.02, 0.1, 0.3),
+    "REINFORCE": (0.02, 0.1, 0.3),
+    "online DPO": (0.1, 0.3, 1.0),
+    "DPO": (0.1, 0.3, 1.0),
+}
+BEST_OF = (2, 4, 8, 16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--methods", default=",".join(METHODS), help="of " + ", ".join(METHODS))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    chosen = arguments.methods.split(",")
+    if unknown := sorted(set(chosen) - set(METHODS)):
+        parser.error(f"--methods={','.join(unknown)}: expected some of {', '.join(METHODS)}")
+    folder = Path(arguments.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, pool = [], None
+    for method in chosen:
+        for coefficient in COEFFICIENTS[method]:
+            workdir = folder / f"{method.replace(' ', '_')}_{coefficient}_seed{arguments.seed}"
+            summary = _run(method, coefficient, arguments.seed, workdir)
+            rows.append((method, coefficient, summary["trained"], sum(summary["seconds"].values())))
+            if pool is None:
+                pool = _scores(workdir / "samples" / "sample_base.jsonl", 20)
+    _write(rows, pool, arguments.seed)
+
+
+def _run(method: str, coefficient: float, seed: int, workdir: Path) -> dict:
+    config, settings = METHODS[method]
+    field = "beta" if method == "DPO" else "kl.coefficient"
+    command = [
+        sys.executable,
+        "-m",
+        "align_jax",
+        "train",
+        f"--config={ROOT / 'experiments' / config}",
+        f"--workdir={workdir}",
+        f"--config.seed={seed}",
+        f"--config.{field}={coefficient}",
+        *settings,
+        *([] if method == "DPO" else ONLINE),
+    ]
+    print(f"\n== {method}, coefficient {coefficient}", flush=True)
+    subprocess.run(command, check=True, env=os.environ, cwd=ROOT)
+    return json.loads((workdir / "report" / "summary.json").read_text(encoding="utf-8"))
+
+
+def _scores(file: Path, per_prompt: int) -> np.ndarray:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return np.array([json.loads(line)["score"] for line in lines]).reshape(-1, per_prompt)
+
+
+def _write(rows: list[tuple], pool: np.ndarray, seed: int) -> None:
+    from align_jax.evaluation import figures, statistics
+    from align_jax.training.workdir import write_file
+
+    lines = [
+        "| method | KL coefficient | mean VADER | win rate | KL, nats | distinct-2 | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    mean, interval = statistics.mean_ci95(pool)
+    lines.append(f"| base | | {mean:.3f} +- {interval:.3f} | .500 | 0 | | |")
+    for n in BEST_OF:
+        wins, _ = statistics.best_of_n_win_rate(pool, n)
+        bound, best = statistics.best_of_n_kl_bound(n), statistics.best_of_n(pool, n).mean()
+        lines.append(f"| best of {n} | | {best:.3f} | {wins:.3f} | at most {bound:.2f} | | |")
+    for method, coefficient, trained, seconds in rows:
+        lines.append(
+            f"| {method} | {coefficient} | {trained['reward_mean']:.3f} +- "
+            f"{trained['reward_ci95']:.3f} | {trained['win_rate']:.3f} | {trained['kl']:.2f} | "
+            f"{trained['distinct_2']:.3f} | {seconds:.0f} |"
+        )
+    table = "\n".join(lines)
+    print("\n" + table)
+    figure, (axis,) = figures.new_figure(7.4, 4.6)
+    counts = range(1, 17)
+    axis.plot(
+        [statistics.best_of_n_kl_bound(n) for n in counts],
+        [statistics.best_of_n(pool, n).mean() for n in counts],
+        color=figures.BASE,
+        linewidth=1.4,
+        label="best of n (KL: its upper bound)",
+    )
+    for method, marker in zip(dict.fromkeys(row[0] for row in rows), "osD^v"):
+        own = [row for row in rows if row[0] == method]
+        axis.errorbar(
+            [row[2]["kl"] for row in own],
+            [row[2]["reward_mean"] for row in own],
+            yerr=[row[2]["reward_ci95"] for row in own],
+            fmt=marker,
+            markersize=6,
+            capsize=3,
+            linewidth=1,
+            label=method,
+        )
+    axis.set_xlabel("KL to the base, nats a completion", fontsize=9, color=figures.INK)
+    axis.set_ylabel("mean VADER on held-out openings, 95 %", fontsize=9, color=figures.INK)
+    axis.legend(fontsize=8, frameon=False)
+    write_file(ROOT / "docs" / "sentiment_frontier.png", figures.as_png(figure))
+    document = ROOT / "docs" / "results.md"
+    text = document.read_text(encoding="utf-8")
+    begin, end = "<!-- frontier: begin -->", "<!-- frontier: end -->"
+    before, after = text.split(begin)[0], text.split(end)[1]
+    text = f"{before}{begin}\nSeed {seed}.\n\n{table}\n{end}{after}"
+    write_file(document, text.encode("utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""InstructGPT's three stages (Ouyang et al. 2022, arXiv:2203.02155, section 3): SFT, RM, PPO-ptx.
+
+    launch/local.sh experiments/instructgpt.py
+    launch/local.sh experiments/instructgpt.py --config.sft.data.source=demonstrations.jsonl \
+        --config.reward.data.source=ranked.jsonl --config.ppo.data.source=prompts.jsonl \
+        --config.ppo.ptx.source=demonstrations.jsonl
+
+As in the paper: the reward model learns from all pairs of a ranking in one forward pass and is
+normalised so that the demonstrations have mean score 0, PPO's policy starts from the SFT model and
+its critic from the reward model, the KL coefficient is 0.02 a token, and PPO-ptx adds gamma = 27.8
+times the likelihood of text to every update. What differs at `small`: SmolLM2, built-in made data
+(counting up), demonstrations in place of pretraining text, one epoch of PPO over few prompts.
+
+`scale=tiny` takes about a minute; `scale=small` has not been measured yet; `scale=paper` follows
+appendix C with a Llama 2 in place of GPT-3; not run.
+"""
+
+from ml_collections import ConfigDict
+
+from align_jax.algorithms.policy_gradient import default_policy_gradient_config
+from align_jax.algorithms.reward_model import default_reward_model_config
+from align_jax.algorithms.stages import make_stages_config
+from align_jax.config import parse_scale
+from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.online import default_sampling_config
+from align_jax.training.optimizer import default_optimizer_config
+
+
+def get_config(arg: str = "scale=small") -> ConfigDict:
+    scale = parse_scale(arg)
+    sft = default_run_config()
+    sft.algorithm = "sft"
+    sft.optimizer = default_optimizer_config(learning_rate=1e-5, schedule="cosine")
+    sft.data = default_data_config(source="builtin:tiny_sft", batch_size=8, max_length=128)
+
+    reward = default_run_config()
+    reward.update(default_reward_model_config())
+    reward.model = "stage:sft"
+    reward.loss = "all_pairs"
+    reward.optimizer = default_optimizer_config(learning_rate=9e-6, schedule="cosine")
+    reward.data = default_data_config(source="builtin:tiny_ranked", batch_size=8, max_length=160)
+    reward.normalization.update(kind="mean", source="builtin:tiny_sft", limit=64)
+
+    ppo = default_run_config()
+    ppo.update(default_policy_gradient_config())
+    ppo.model = "stage:sft"
+    ppo.reward.update(kind="model", path="stage:reward")
+    ppo.critic_init = "stage:reward/reward_model"
+    ppo.optimizer = default_optimizer_config(learning_rate=9e-6, eps=1e-5)
+    ppo.data = default_data_config(source="builtin:tiny_sft", max_length=128)
+    ppo.sampling = default_sampling_config(prompts=32, max_new_tokens=24)
+    ppo.kl.coefficient = 0.02
+    ppo.update(num_iterations=8, epochs=1, minibatches=4)
+    ppo.ptx.update(source="builtin:tiny_sft", gamma=27.8, batch_size=8)
+    if scale == "tiny":
+        sft.model = "tiny"
+        sft.optimizer.learning_rate = 1e-3
+        reward.optimizer.learning_rate = 1e-3
+        reward.normalization.limit = 8
+        ppo.optimizer.learning_rate = 1e-3
+        ppo.sampling.update(prompts=8, max_new_tokens=8)
+        ppo.update(num_iterations=2, minibatches=2)
+        ppo.ptx.batch_size = 4
+    elif scale == "paper":
+        # Appendix C: SFT 16 epochs, RM one epoch of 64 prompts, PPO 256k episodes of batch 512 in
+        # minibatches of 64, clip 0.2, no discount.
+        sft.model = "meta-llama/Llama-2-7b-hf"
+        for config in (sft, reward, ppo):
+            config.compute_dtype = "bfloat16"
+            config.data.max_length = 2048
+        sft.data.update(source="demonstrations.jsonl", batch_size=32)
+        sft.num_epochs = 16.0
+        reward.data.update(source="ranked.jsonl", batch_size=64)
+        reward.normalization.update(source="demonstrations.jsonl")
+        ppo.data.source = "prompts.jsonl"
+        ppo.sampling.update(prompts=512, max_new_tokens=1024)
+        ppo.update(num_iterations=500, minibatches=8)
+        ppo.ptx.update(source="pretraining.jsonl", batch_size=512)
+    return make_stages_config(sft=sft, reward=reward, ppo=ppo)

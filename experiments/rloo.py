@@ -1,0 +1,53 @@
+"""RLOO: REINFORCE with the other samples of a prompt as the baseline (Ahmadian et al. 2024,
+arXiv:2402.14740, section 3), on controlled sentiment.
+
+    launch/local.sh experiments/rloo.py --config.kl.coefficient=0.1
+
+As in the paper: one update for each batch of samples, the KL penalty in the reward of the whole
+completion, no critic, no clipping. What differs: SmolLM2, made openings of film reviews, and VADER
+as the reward in place of a reward model on TL;DR or HH; 20 updates of 10 prompts with 4 samples.
+
+At `small`, on a machine loaded tenfold, the mean reward of the sampled completions went from 0.22
+to 0.46 within the first 6 updates, at 1.1 nats; the whole has not been measured yet. `scale=tiny`
+takes under a minute. `scale=paper` (7B, 512 completions an update, k = 4) has not been run.
+"""
+
+from ml_collections import ConfigDict
+
+from align_jax.algorithms.policy_gradient import default_policy_gradient_config
+from align_jax.config import parse_scale
+from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.online import default_sampling_config
+from align_jax.training.optimizer import default_optimizer_config
+
+
+def get_config(arg: str = "scale=small") -> ConfigDict:
+    scale = parse_scale(arg)
+    config = default_run_config()
+    config.update(default_policy_gradient_config())
+    config.update(loss="reinforce", advantage="rloo", aggregation="sum", critic="none", epochs=1)
+    config.kl.coefficient = 0.05
+    config.optimizer = default_optimizer_config(learning_rate=3e-5, eps=1e-5, schedule="linear")
+    config.data = default_data_config(source="builtin:review_openings", max_length=64)
+    config.sampling = default_sampling_config(prompts=10, samples=4, max_new_tokens=24)
+    config.evaluation.source = "builtin:review_openings#held_out"
+    config.num_iterations = 20
+    if scale == "tiny":
+        config.model = "tiny"
+        config.reward.kind = "length"
+        config.optimizer.learning_rate = 1e-2
+        config.data.max_length = 128
+        config.sampling.update(prompts=4, max_new_tokens=8)
+        config.num_iterations = 2
+        config.evaluation.update(prompts=4, trained_samples=4)
+    elif scale == "paper":
+        config.model = "meta-llama/Llama-2-7b-hf"
+        config.compute_dtype = "bfloat16"
+        config.kl.coefficient = 0.1
+        config.optimizer.learning_rate = 1e-6
+        config.data.update(source="hf:Anthropic/hh-rlhf#train", max_length=1024)
+        config.sampling.update(prompts=128, max_new_tokens=256)
+        config.reward.update(kind="model", path="reward_model")
+        config.evaluation.source = ""
+        config.num_iterations = 600
+    return config

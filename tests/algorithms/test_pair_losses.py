@@ -1,0 +1,315 @@
+"""Every `config.loss`: what it reads of a pair, its options, and that it learns."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from align_jax import losses
+from align_jax.algorithms import preference
+from align_jax.algorithms.pair_losses import LOSSES, default_loss_options, needs_reference
+from align_jax.algorithms.preference import attach_reference, make_loss
+from align_jax.data.batching import separate_responses
+from align_jax.losses.log_probs import token_log_probs
+from align_jax.models.interchange import load_model, load_tokenizer
+from align_jax.training import offline
+from align_jax.training.checkpoint import flatten
+from align_jax.training.errors import RunError
+from align_jax.training.metrics import read_metrics
+from align_jax.training.workdir import Workdir
+
+NEEDED = {"f_dpo": {"divergence": "jensen_shannon"}, "ld_dpo": {"alpha": 0.5}}
+
+
+def config_of(loss, beta=0.1, **options):
+    filled = default_loss_options()
+    filled.update(NEEDED.get(loss, {}) | options)
+    return ConfigDict({"loss": loss, "beta": beta, "loss_options": filled})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return jax.tree.map(lambda x: 3 * x, load_model("tiny"))
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Pairs whose responses differ in length."""
+    data = offline.default_data_config(limit=6)
+    found = offline.load_examples(
+        data, "builtin:tiny_preferences", load_tokenizer("tiny"), kind="preference"
+    )
+    cut = []
+    for i, one in enumerate(found):
+        parts = (one.responses, one.response_masks)
+        shorter = [(a[: len(a) - i], b) if i % 2 else (a, b[: len(b) - i]) for a, b in parts]
+        cut.append(
+            dataclasses.replace(
+                one,
+                responses=shorter[0],
+                response_masks=shorter[1],
+                extras=one.extras | {"label": i % 3 > 0},
+            )
+        )
+    return cut
+
+
+@pytest.fixture(scope="module")
+def logits(model, examples):
+    """For every response, the logits `[L,V]` that predict it, from a row of its own."""
+    rows = np.zeros((12, 64), np.int32)
+    alone = separate_responses(examples)
+    for row, one in zip(rows, alone):
+        tokens = np.concatenate([one.prompt, *one.responses])
+        row[: len(tokens)] = tokens
+    found = np.asarray(jax.jit(lambda m, t: m.logits(m(t)))(model, rows), np.float64)
+    starts = [len(one.prompt) - 1 for one in alone]
+    return [x[s : s + len(one.responses[0])] for x, s, one in zip(found, starts, alone)]
+
+
+@pytest.fixture(scope="module")
+def tokens(logits, examples):
+    """The log-probabilities `[L]` of every response's tokens: chosen and rejected in turn."""
+    responses = [one.responses[0] for one in separate_responses(examples)]
+    return [
+        np.asarray(token_log_probs(jnp.asarray(x, jnp.float32), jnp.asarray(r)))
+        for x, r in zip(logits, responses)
+    ]
+
+
+def batch_of(examples, reference):
+    data = offline.default_data_config(batch_size=6)
+    attach = attach_reference(examples, np.asarray(reference, np.float32).reshape(-1, 2))
+    return jax.tree.map(jnp.asarray, offline.make_collate(data, attach)(examples))
+
+
+@pytest.fixture(scope="module")
+def reference(tokens):
+    noise = np.random.default_rng(0).normal(0, 3, 12)
+    return np.array([x.sum() for x in tokens]) + noise
+
+
+@pytest.fixture(scope="module")
+def batch(examples, reference):
+    return batch_of(examples, reference)
+
+
+def value(config, model, batch):
+    sums = jax.jit(make_loss(config))(model, batch)
+    assert float(sums.weight) == 6
+    return float(sums.loss), sums.metrics
+
+
+def log_sigmoid(x):
+    return -np.logaddexp(0, -np.asarray(x, np.float64))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_takes_a_step_that_lowers_it(model, batch, name):
+    loss = make_loss(config_of(name))
+
+    def mean(model):
+        sums = loss(model, batch)
+        return sums.loss / sums.weight
+
+    before, gradient = jax.jit(jax.value_and_grad(mean))(model)
+    size = math.sqrt(sum(float(jnp.square(g).sum()) for g in flatten(gradient).values()))
+    assert size > 1e-4
+    moved = jax.tree.map(lambda p, g: p - 1e-3 / size * g, model, gradient)
+    after = jax.jit(mean)(moved)
+    assert np.isfinite(after) and after < before
+
+
+def test_losses_of_sums_and_of_averages_read_what_their_papers_say(model, batch, tokens, reference):
+    total = np.array([x.sum() for x in tokens])
+    average = np.array([x.mean() for x in tokens])
+    length = np.array([len(x) for x in tokens])
+    assert (length[::2] != length[1::2]).sum() >= 4
+    nll = -average[::2]
+    odds = average - np.log(-np.expm1(average))
+    ratio = (total - reference) / length
+
+    def gap(x):
+        return x[::2] - x[1::2]
+
+    h = gap(total - reference)
+    expected = {
+        "cpo": -log_sigmoid(0.1 * gap(total)) + nll,
+        "simpo": -log_sigmoid(2.0 * gap(average) - 0.7),
+        "orpo": 0.1 * -log_sigmoid(gap(odds)) + nll,
+        "slic": np.maximum(0, 1 - 0.1 * gap(total)) + nll,
+        "length_normalized_dpo": -log_sigmoid(5.0 * gap(ratio)),
+        "dpo": -0.8 * log_sigmoid(0.1 * h) - 0.2 * log_sigmoid(-0.1 * h) + 2.5 * nll,
+        "robust_dpo": (-0.8 * log_sigmoid(0.1 * h) + 0.2 * log_sigmoid(-0.1 * h)) / 0.6,
+        "f_dpo": -log_sigmoid(0.1 * gap(1 - np.exp(-0.3 * (total - reference))) / 0.3),
+    }
+    configs = {
+        "simpo": config_of("simpo", 2.0, gamma=0.7),
+        "length_normalized_dpo": config_of("length_normalized_dpo", 5.0),
+        "dpo": config_of("dpo", label_smoothing=0.2, sft_weight=2.5),
+        "robust_dpo": config_of("robust_dpo", label_smoothing=0.2),
+        "f_dpo": config_of("f_dpo", divergence="alpha", alpha=0.3),
+    }
+    for name, values in expected.items():
+        found, metrics = value(configs.get(name, config_of(name)), model, batch)
+        np.testing.assert_allclose(found, values.sum(), rtol=2e-5, err_msg=name)
+        rewards = {"simpo": 2.0 * average, "orpo": 0.1 * average}.get(name, 0.1 * total)
+        if not needs_reference(name):
+            np.testing.assert_allclose(
+                metrics["rewards/margins"], gap(rewards).sum(), rtol=1e-4, atol=1e-5, err_msg=name
+            )
+        np.testing.assert_allclose(metrics["logps/chosen"], total[::2].sum(), rtol=1e-5)
+
+
+def test_wpo_weighs_pairs_by_the_whole_distribution(model, batch, tokens, logits, reference):
+    weights = []
+    for x, chosen in zip(logits, tokens):
+        log_p = x - np.log(np.exp(x).sum(-1, keepdims=True))
+        weights.append(np.exp(np.mean(chosen - np.log((np.exp(log_p) ** 2).sum(-1)))))
+    weights = np.array(weights)
+    pair_weights = np.minimum(weights[::2] * weights[1::2], 1)
+    assert 0.01 < np.ptp(pair_weights)
+    h = np.array([x.sum() for x in tokens]) - reference
+    expected = (pair_weights * -log_sigmoid(0.1 * (h[::2] - h[1::2]))).sum()
+    np.testing.assert_allclose(value(config_of("wpo"), model, batch)[0], expected, rtol=2e-5)
+
+
+def test_ld_dpo_weighs_what_the_longer_response_has_beyond_the_shorter(
+    model, examples, tokens, reference
+):
+    weighted = preference.desensitized(examples, 0.3)
+    width = max(map(len, tokens))
+    padded = np.stack([np.pad(x, (0, width - len(x))) for x in tokens])
+    mask = np.stack([np.arange(width) < len(x) for x in tokens])
+    chosen, rejected = losses.preference.ld_dpo_log_probs(
+        padded[::2], padded[1::2], mask[::2], mask[1::2], alpha=0.3
+    )
+    _, metrics = value(config_of("ld_dpo", alpha=0.3), model, batch_of(weighted, reference))
+    np.testing.assert_allclose(metrics["logps/chosen"], chosen.sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["logps/rejected"], rejected.sum(), rtol=1e-5)
+    plain = batch_of(preference.desensitized(examples, 1.0), reference)
+    for name, array in batch_of(examples, reference).items():
+        np.testing.assert_array_equal(plain[name], array)
+
+
+def test_kto_takes_its_kl_from_the_mismatched_responses(model, examples, tokens, reference):
+    desirable = np.array([one.extras["label"] for one in examples])
+    total = np.array([x.sum() for x in tokens])
+    ratio = (total - reference)[::2]
+    for shift in (0.0, 40.0):
+        moved = reference.copy()
+        moved[1::2] -= shift
+        kl = max((total - moved)[1::2].mean(), 0.0)
+        z = 0.1 * (ratio - kl)
+        expected = np.where(desirable, 2.0 / (1 + np.exp(z)), 1.0 / (1 + np.exp(-z))).sum()
+        config = config_of("kto", desirable_weight=2.0)
+        found, metrics = value(config, model, batch_of(examples, moved))
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        np.testing.assert_allclose(metrics["objective/kl"] / 6, (total - moved)[1::2].mean(), 1e-4)
+        margins = 0.1 * np.where(desirable, ratio, -ratio)
+        np.testing.assert_allclose(metrics["rewards/margins"], margins.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mismatched_response_is_the_next_examples_and_fits(examples):
+    singles = [
+        dataclasses.replace(one, responses=one.responses[:1], response_masks=one.response_masks[:1])
+        for one in examples
+    ]
+    limit = len(examples[0].prompt) + 4
+    for i, one in enumerate(preference.with_mismatched(singles, limit)):
+        other = examples[(i + 1) % 6].responses[0]
+        assert one.responses[0] is singles[i].responses[0]
+        kept = len(one.responses[1])
+        assert kept == min(len(other), limit - len(one.prompt)) == len(one.response_masks[1])
+        np.testing.assert_array_equal(one.responses[1], other[:kept])
+
+
+def write(file, records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {
+        "num_steps": 20,
+        "data.source": str(file),
+        "data.eval_source": str(file),
+        "optimizer.learning_rate": 3e-3,
+    }
+
+
+@pytest.mark.parametrize("name", ["orpo", "simpo"])
+def test_a_run_without_a_reference_computes_none_and_learns(
+    tiny_config, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(preference, "reference_log_probs", lambda *_: pytest.fail("computed"))
+    records = [{"prompt": f"{n}:", "chosen": " up", "rejected": " down"} for n in range(40)]
+    overrides = write(tmp_path / "pairs.jsonl", records) | {"loss": name, "beta": 2.0}
+    config = tiny_config("dpo", overrides)
+    summary = preference.run(config, Workdir(tmp_path / "run", config))
+    assert summary["eval"]["rewards/accuracies"] > 0.9
+    rows = read_metrics(tmp_path / "run")
+    assert summary["eval"]["loss"] < 0.7 * rows[0]["loss"]
+
+
+def test_a_run_of_kto_learns_from_labels(tiny_config, tmp_path):
+    records = [
+        {"prompt": f"Count {n}:", "completion": " up" if n % 2 else " down", "label": n % 2 == 1}
+        for n in range(40)
+    ]
+    overrides = write(tmp_path / "labelled.jsonl", records) | {"loss": "kto"}
+    config = tiny_config("dpo", overrides)
+    workdir = Workdir(tmp_path / "run", config)
+    summary = preference.run(config, workdir)
+    rows = read_metrics(workdir.path)
+    # Policy and reference are the same: z = 0 and the value is a half of every weight.
+    assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert abs(rows[0]["objective/kl"]) < 1e-4
+    assert summary["eval"]["rewards/accuracies"] > 0.9 and summary["eval"]["loss"] < 0.45
+    assert preference.evaluate(config, workdir)["eval"] == pytest.approx(summary["eval"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        ("dpoo", {}, r"config.loss is 'dpoo'; expected one of .*'dpo'"),
+        ("dpo", {"tau": 0.1}, r"loss_options.tau is no option of the loss 'dpo'; it has label_smo"),
+        ("ipo", {"label_smoothing": 0.1}, "no option of the loss 'ipo'; it has sft_weight"),
+        ("kto", {"sft_weight": 1.0}, "sft_weight is no option of the loss 'kto'"),
+        ("f_dpo", {"divergence": None}, "the loss 'f_dpo' needs config.loss_options.divergence"),
+        ("ld_dpo", {"alpha": None}, "the loss 'ld_dpo' needs config.loss_options.alpha"),
+        ("f_dpo", {"divergence": "kl"}, "'f_dpo': `divergence` must be 'reverse_kl'.*'kl'"),
+        ("robust_dpo", {"label_smoothing": 0.5}, "`label_smoothing` must be in"),
+        ("exo", {"label_smoothing": 0.0}, r"`label_smoothing` must be in \(0, 0.5\)"),
+        ("ld_dpo", {"alpha": 1.5}, "`alpha` must be in"),
+        ("discopop", {"tau": 0.0}, "`tau` must be above 0"),
+        ("sppo", {"win_probability": 2.0}, "`win_probability` must be in"),
+        ("simpo", {"gamma": math.nan}, "loss_options.gamma is nan; expected a finite number"),
+        ("cpo", {"sft_weight": -1.0}, "sft_weight is -1.0; expected at least 0"),
+    ],
+)
+def test_a_wrong_loss_or_option_is_named(loss, options, message):
+    with pytest.raises(RunError, match=message):
+        make_loss(config_of(loss, **options))
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
+def test_beta_is_above_0(beta):
+    with pytest.raises(RunError, match="config.beta is .*; expected a number above 0"):
+        make_loss(config_of("dpo", beta))
+
+
+def test_options_are_set_from_the_command_line(tiny_config):
+    config = tiny_config(
+        "dpo", {"loss": "f_dpo", "loss_options.divergence": "alpha", "loss_options.alpha": 0.25}
+    )
+    assert dict(config.loss_options.items())["alpha"] == 0.25
+    make_loss(config)
+    with pytest.raises(RunError, match="no field 'loss_options.label_smoothin'. Did you mean"):
+        tiny_config("dpo", {"loss_options.label_smoothin": 0.1})
+
+
+def test_a_config_without_options_has_the_losses_own(model, batch):
+    with_them = value(config_of("exo"), model, batch)[0]
+    assert value(ConfigDict({"loss": "exo", "beta": 0.1}), model, batch)[0] == with_them

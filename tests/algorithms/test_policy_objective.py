@@ -1,0 +1,316 @@
+"""Advantages, weights and losses of policy gradients, against loops and formulas in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax.algorithms.policy_gradient import default_policy_gradient_config
+from align_jax.algorithms.policy_objective import (
+    Agent,
+    advantages_of,
+    make_loss,
+    pair_weights,
+    token_weights,
+)
+from align_jax.data.batching import build_batch
+from align_jax.data.chat import Example
+from align_jax.models.heads import ScalarHead, ScalarModel
+from align_jax.models.interchange import load_model
+from align_jax.training.offline import default_data_config
+
+T, K = 5, 3
+LENGTHS = np.array([5, 1, 3, 2, 4, 5])
+MASK = (np.arange(T) < LENGTHS[:, None]).astype(np.float32)
+rng = np.random.default_rng(0)
+LOG_PROBS, REFERENCE, VALUES = (
+    (rng.normal(-2, 1, MASK.shape) * MASK).astype(np.float32) for _ in range(3)
+)
+SCORES = np.array([0.73, -0.2, 0.5, 0.1, 0.1, 0.4], np.float32)
+NO_BASELINE = np.float32(np.nan)
+
+
+def config_of(**overrides):
+    config = default_policy_gradient_config()
+    config.data = default_data_config()
+    config.sampling.update(samples=K, max_new_tokens=T)
+    for name, value in overrides.items():
+        part = config
+        *path, last = name.split("__")
+        for key in path:
+            part = part[key]
+        part[last] = value
+    return config
+
+
+def advantages(config, *, scores=SCORES, coefficient=0.1, baseline=NO_BASELINE):
+    out = advantages_of(
+        config, scores, LOG_PROBS, REFERENCE, MASK, VALUES, np.float32(coefficient), baseline
+    )
+    return {name: np.asarray(x) for name, x in out.items()}
+
+
+def penalised(coefficient=0.1):
+    return SCORES - coefficient * (LOG_PROBS - REFERENCE).sum(1)
+
+
+def test_the_score_arrives_at_the_last_real_token_of_every_length():
+    """With a discount of 0, no KL and values of 0, the advantage is the token's reward."""
+    config = config_of(discount=0.0, whiten_advantages=False)
+    out = advantages_of(
+        config, SCORES, LOG_PROBS, REFERENCE, MASK, 0 * VALUES, np.float32(0), NO_BASELINE
+    )
+    expected = np.zeros_like(MASK)
+    for row, length in enumerate(LENGTHS):
+        expected[row, length - 1] = SCORES[row]
+    np.testing.assert_array_equal(out["advantages"], expected)
+    np.testing.assert_array_equal(out["rewards"], SCORES)
+
+
+def test_gae_of_shaped_rewards_is_the_loop():
+    config = config_of(whiten_advantages=False, discount=0.9, lambda_=0.8)
+    out = advantages(config, coefficient=0.3)
+    for row, length in enumerate(LENGTHS):
+        reward = -0.3 * (LOG_PROBS - REFERENCE)[row].astype(np.float64)
+        reward[length - 1] += SCORES[row]
+        advantage = 0.0
+        for t in reversed(range(length)):
+            after = VALUES[row, t + 1] if t + 1 < length else 0.0
+            advantage = reward[t] + 0.9 * after - VALUES[row, t] + 0.9 * 0.8 * advantage
+            np.testing.assert_allclose(out["advantages"][row, t], advantage, atol=1e-5)
+            np.testing.assert_allclose(
+                out["returns"][row, t], advantage + VALUES[row, t], atol=1e-5
+            )
+        assert not out["advantages"][row, length:].any()
+    np.testing.assert_allclose(out["rewards"], penalised(0.3), atol=1e-5)
+
+
+def test_whitening_takes_place_after_the_returns_and_over_tokens_alone():
+    plain, white = (advantages(config_of(whiten_advantages=w)) for w in (False, True))
+    np.testing.assert_array_equal(plain["returns"], white["returns"])
+    counted = white["advantages"][MASK > 0]
+    assert abs(counted.mean()) < 1e-6 and abs(counted.std() - 1) < 1e-4
+    x = plain["advantages"][MASK > 0].astype(np.float64)
+    np.testing.assert_allclose(counted, (x - x.mean()) / x.std(), atol=1e-4)
+
+
+def test_rewards_are_whitened_without_losing_their_mean():
+    config = config_of(whiten_rewards=True, whiten_advantages=False, discount=0.0)
+    out = advantages_of(
+        config, SCORES, LOG_PROBS, REFERENCE, MASK, 0 * VALUES, np.float32(0.1), NO_BASELINE
+    )
+    reward = -0.1 * (LOG_PROBS - REFERENCE).astype(np.float64)
+    reward[np.arange(6), LENGTHS - 1] += SCORES
+    counted = reward[MASK > 0]
+    expected = ((reward - counted.mean()) / counted.std() + counted.mean()) * MASK
+    np.testing.assert_allclose(out["advantages"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ({"advantage": "rloo"}, lambda r: (r - r.mean(1, keepdims=True)) * K / (K - 1)),
+        (
+            {"advantage": "grpo"},
+            lambda r: (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 1e-4),
+        ),
+        (
+            {"advantage": "grpo", "scale_rewards": False},
+            lambda r: r - r.mean(1, keepdims=True),
+        ),
+    ],
+)
+def test_group_advantages_are_the_same_on_every_token(overrides, expected):
+    out = advantages(config_of(critic="none", **overrides))
+    groups = expected(penalised().astype(np.float64).reshape(-1, K)).ravel()
+    np.testing.assert_allclose(out["advantages"], groups[:, None] * MASK, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kl_that_is_in_the_loss_is_not_in_the_reward_too():
+    out = advantages(config_of(critic="none", advantage="rloo", kl__placement="loss"))
+    np.testing.assert_array_equal(out["rewards"], SCORES)
+
+
+def test_the_moving_baseline_is_the_past_and_at_first_the_others():
+    config = config_of(critic="none", advantage="moving_baseline")
+    later = advantages(config, baseline=np.float32(0.25))
+    np.testing.assert_allclose(later["advantages"][:, 0], penalised() - 0.25, atol=1e-5)
+    first = advantages(config)
+    r = penalised()
+    others = [(r.sum() - x) / 5 for x in r]
+    np.testing.assert_allclose(first["advantages"][:, 0], r - others, atol=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["dapo", "grpo", "dr_grpo", "sum"])
+def test_weights_add_token_losses_up_as_each_paper_does(aggregation):
+    losses = rng.normal(size=MASK.shape)
+    weights = np.asarray(token_weights(config_of(aggregation=aggregation), jnp.asarray(MASK)))
+    sums = (losses * MASK).sum(1)
+    expected = {
+        "dapo": sums.sum() / LENGTHS.sum(),
+        "grpo": (sums / LENGTHS).mean(),
+        "dr_grpo": sums.mean() / T,
+        "sum": sums.mean(),
+    }[aggregation]
+    np.testing.assert_allclose((weights * losses).sum(), expected, rtol=1e-5)
+    assert not weights[MASK == 0].any()
+
+
+def test_pairs_are_best_and_worst_and_a_tie_is_none():
+    scores = np.array([0.1, 0.9, 0.5, 0.3, 0.3, 0.3])
+    assert pair_weights(scores, 3).tolist() == [-1, 1, 0, 0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("tiny")
+
+
+def batch_of(model, **more):
+    """Two prompts with K completions each, whose lengths are LENGTHS, and made values."""
+    draw = np.random.default_rng(1)
+    examples = []
+    for p in range(2):
+        responses = tuple(draw.integers(8, 264, n, np.int32) for n in LENGTHS[p * K : (p + 1) * K])
+        prompt = draw.integers(8, 264, 2 + p, np.int32)
+        masks = tuple(np.ones(len(r), np.float32) for r in responses)
+        examples.append(Example(p, prompt, responses, masks, {}))
+    batch = build_batch(examples, rows=2, length_buckets=(24,), target_buckets=(16,))
+    n = len(LENGTHS)
+    values = {
+        "mask": MASK,
+        "old_log_probs": LOG_PROBS,
+        "ref_log_probs": REFERENCE,
+        "old_values": VALUES,
+        "returns": VALUES + 0.5 * MASK,
+        "advantages": (draw.normal(size=MASK.shape) * MASK).astype(np.float32),
+        "weights": MASK / MASK.sum(),
+        "mean_weights": MASK / MASK.sum(),
+        "pairs": pair_weights(SCORES, K),
+        "pair_weights": (pair_weights(SCORES, K) > 0) / 2,
+        "on_policy": np.ones(n, np.float32),
+        "kl_coefficient": np.full(n, 0.2, np.float32),
+    }
+    return jax.tree.map(jnp.asarray, batch | values | more)
+
+
+def log_probs_by_hand(model, batch):
+    """`[N,T]` from whole-vocabulary logits of each prompt and completion on its own."""
+    out = np.zeros(MASK.shape)
+    tokens, branch = np.asarray(batch["tokens"]), np.asarray(batch["branch_ids"])
+    segment = np.asarray(batch["segment_ids"])
+    for n in range(len(LENGTHS)):
+        row, k = divmod(n, K)
+        prompt = tokens[row][(branch[row] == 0) & (segment[row] > 0)]
+        response = tokens[row][branch[row] == k + 1]
+        text = jnp.asarray(np.concatenate([prompt, response])[None])
+        log_p = jax.nn.log_softmax(model.logits(model(text)))[0]
+        for t, token in enumerate(response):
+            out[n, t] = log_p[len(prompt) + t - 1, token]
+    return out
+
+
+@pytest.mark.parametrize("critic", ["none", "shared", "separate"])
+def test_at_the_first_update_the_ratio_is_exactly_1(model, critic):
+    heads = {
+        "none": None,
+        "shared": ScalarHead(model.config.hidden_size, key=None),
+        "separate": ScalarModel(model, key=jax.random.key(0)),
+    }
+    agent = Agent(model, heads[critic])
+    sums = jax.jit(make_loss(config_of(critic=critic)))(agent, batch_of(model))
+    np.testing.assert_allclose(sums.metrics["val/ratio"], 1.0, atol=1e-6)  # a mean of exact ones
+    assert sums.metrics["policy/approxkl_avg"] == 0 and sums.metrics["policy/clipfrac_avg"] == 0
+
+
+def test_the_first_gradient_of_ppo_is_that_of_reinforce(model):
+    batch = batch_of(model)
+
+    def gradient(loss):
+        total = lambda agent: make_loss(config_of(loss=loss))(agent, batch).loss  # noqa: E731
+        return jax.grad(total)(Agent(model, None))
+
+    gradients = [gradient("ppo"), gradient("reinforce")]
+    for a, b in zip(*map(jax.tree.leaves, gradients)):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "reinforce"])
+def test_the_loss_off_policy_is_the_formula(model, loss):
+    batch = batch_of(model, on_policy=jnp.zeros(6))
+    new = log_probs_by_hand(model, batch)
+    old = (new + rng.normal(0, 0.3, MASK.shape)) * MASK
+    batch["old_log_probs"] = jnp.asarray(old, jnp.float32)
+    config = config_of(loss=loss, clip_range_high=0.28, kl__coefficient=0.0)
+    sums = make_loss(config)(Agent(model, None), batch)
+    a = np.asarray(batch["advantages"], np.float64)
+    ratio = np.exp(new - old)
+    if loss == "gspo":
+        ratio = np.exp(((new - old) * MASK).sum(1) / LENGTHS)[:, None] * np.ones_like(MASK)
+    surrogate = -np.minimum(ratio * a, np.clip(ratio, 0.8, 1.28) * a)
+    expected = {
+        "ppo": surrogate,
+        "gspo": surrogate,
+        "cispo": -np.clip(ratio, 0.8, 1.28) * a * new,
+        "reinforce": -a * new,
+    }[loss]
+    np.testing.assert_allclose(sums.loss, (expected * MASK).sum() / MASK.sum(), rtol=1e-4)
+    exact = np.exp(new - old)
+    clipped = ((exact < 0.8) | (exact > 1.28)) & (MASK > 0)
+    np.testing.assert_allclose(
+        sums.metrics["policy/clipfrac_avg"], clipped.sum() / MASK.sum(), rtol=1e-6
+    )
+    approx = ((new - old) ** 2 / 2 * MASK).sum() / MASK.sum()
+    np.testing.assert_allclose(sums.metrics["policy/approxkl_avg"], approx, rtol=1e-3)
+
+
+def test_kl_entropy_and_value_terms_are_added(model):
+    config = config_of(
+        critic="shared", kl__placement="loss", entropy_coefficient=0.05, value_coefficient=0.3
+    )
+    head = ScalarHead(model.config.hidden_size, key=jax.random.key(3))
+    batch = batch_of(model)
+    parts = make_loss(config)(Agent(model, head), batch)
+    new = log_probs_by_hand(model, batch)
+    d = np.where(MASK > 0, new - REFERENCE, 0)
+    np.testing.assert_allclose(
+        parts.metrics["loss/kl_avg"], ((np.exp(-d) - 1 + d) * MASK).sum() / MASK.sum(), rtol=1e-4
+    )
+    expected = (
+        parts.metrics["loss/policy_avg"]
+        + 0.2 * parts.metrics["loss/kl_avg"]
+        - 0.05 * parts.metrics["policy/entropy_avg"]
+        + 0.3 * parts.metrics["loss/value_avg"]
+    )
+    np.testing.assert_allclose(parts.loss, expected, rtol=1e-5)
+    assert parts.metrics["loss/value_avg"] > 0 and parts.metrics["policy/entropy_avg"] > 1
+
+
+def test_online_dpo_is_the_loss_of_the_pairs(model):
+    batch = batch_of(model)
+    sums = make_loss(config_of(loss="dpo", critic="none", kl__coefficient=0.3))(
+        Agent(model, None), batch
+    )
+    gain = (log_probs_by_hand(model, batch) - REFERENCE).sum(1).reshape(-1, K)
+    groups = SCORES.reshape(-1, K)
+    margins = [g[s.argmax()] - g[s.argmin()] for g, s in zip(gain, groups)]
+    expected = np.mean([np.log1p(np.exp(-0.3 * margin)) for margin in margins])
+    np.testing.assert_allclose(sums.loss, expected, rtol=1e-4)
+
+
+def test_ppo_ptx_adds_gamma_times_the_likelihood_of_text(model):
+    batch = batch_of(model)
+    text = batch_of(model)
+    text["target_mask"] = text["target_mask"].at[0].set(0.0)
+    counted = text["target_mask"]
+    names = ("tokens", "positions", "segment_ids", "branch_ids", "predict_from", "targets")
+    extra = {f"ptx_{name}": text[name] for name in (*names, "target_mask", "target_response")}
+    extra["ptx_weights"] = counted / counted.sum()
+    config = config_of(critic="none", ptx__gamma=2.0)
+    plain = make_loss(config)(Agent(model, None), batch)
+    config.ptx.source = "some text"
+    both = make_loss(config)(Agent(model, None), batch | extra)
+    second = log_probs_by_hand(model, batch)[K:]
+    expected = -2.0 * second.sum() / LENGTHS[K:].sum()
+    np.testing.assert_allclose(both.loss - plain.loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(both.metrics["loss/ptx_avg"], expected, rtol=1e-4)
