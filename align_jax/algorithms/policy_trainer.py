@@ -36,7 +36,7 @@ from align_jax.rewards.base import Reward, scores_and_components
 from align_jax.training import offline, online
 from align_jax.training.checkpoint import Checkpointer, require_space
 from align_jax.training.errors import RunError
-from align_jax.training.metrics import MetricWriter
+from align_jax.training.metrics import MetricWriter, read_metrics
 from align_jax.training.online import Memory, Rollout
 from align_jax.training.optimizer import make_optimizer, make_schedule
 from align_jax.training.step import TrainState, init_state, make_train_step, place_batch
@@ -86,13 +86,9 @@ class Trainer:
         self.weights = jax.jit(lambda mask: token_weights(config, mask))
         self.text = _text_loader(config, tokenizer)
         self.model: Transformer | None = model
-        self.metrics: dict[str, float] = {}
 
     def fit(self) -> dict[str, float]:
-        """Trains until `num_iterations`, or goes on where the run was stopped.
-
-        Returns: the metrics of the last iteration, {} if there was none left to run.
-        """
+        """Trains to the end, from where the run stopped; the last iteration's metrics."""
         config = self.config
         model, self.model = self._start(), None
         agent = new_agent(config, model, self.mesh)
@@ -141,7 +137,7 @@ class Trainer:
                 )
         finally:
             checkpointer.close()
-        return self.metrics
+        return read_metrics(self.directory)[-1]
 
     def iterate(
         self, state: TrainState, memory: Memory, iteration: int
@@ -174,8 +170,7 @@ class Trainer:
         }
         state, memory, steps = self._update(state, memory, rollout, layout, values, iteration)
 
-        kl = (values["old_log_probs"] - values["ref_log_probs"]).sum(1)
-        mean_kl = float(kl.mean())
+        mean_kl = float((values["old_log_probs"] - values["ref_log_probs"]).sum(1).mean())
         gap = np.abs(values["old_log_probs"] - rollout.log_probs).max()
         metrics = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
         metrics |= {
@@ -195,11 +190,11 @@ class Trainer:
             "seconds/iteration": time.monotonic() - begin,
         }
         metrics |= {f"objective/scores/{name}": float(x.mean()) for name, x in components.items()}
-        self.metrics = metrics
+        prompts = [self.records[example.id] for example in examples]
         samples = [
             {
                 "prompt_id": int(examples[n // rollout.samples].id),
-                "prompt": self.records[examples[n // rollout.samples].id]["prompt"],
+                "prompt": prompts[n // rollout.samples]["prompt"],
                 "completion": rollout.texts[n],
                 "tokens": rollout.tokens[n][rollout.mask[n] > 0].tolist(),
                 "ended": bool(rollout.ended[n]),
@@ -209,12 +204,9 @@ class Trainer:
             }
             for n in range(count)
         ]
-        decay = config.baseline_decay
-        memory = memory | {
-            "baseline": float(rewards.mean())
-            if baseline is None
-            else float(decay * baseline + (1 - decay) * rewards.mean())
-        }
+        decay = 0.0 if baseline is None else config.baseline_decay
+        baseline = decay * (baseline or 0.0) + (1 - decay) * float(rewards.mean())
+        memory = memory | {"baseline": baseline}
         if config.kl.target > 0:
             coefficient = pg.adaptive_kl_update(
                 np.float32(memory["kl_coefficient"]),
