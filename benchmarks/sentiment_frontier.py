@@ -23,10 +23,7 @@ ROOT = Path(__file__).parents[1]
 ONLINE = ["--config.data.limit=200", "--config.evaluation.base_samples=20"]
 # What a run of each method is, beside its KL coefficient; 20 iterations of 40 completions.
 METHODS = {
-    "PPO": (
-        "ppo.py",
-        ["--config.epochs=2", "--config.minibatches=2", "--config.num_iterations=20"],
-    ),
+    "PPO": ("ppo.py", []),
     "RLOO": ("rloo.py", []),
     "REINFORCE": ("reinforce.py", []),
     "online DPO": (

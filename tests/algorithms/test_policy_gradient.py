@@ -64,6 +64,7 @@ def new_trainer(tiny_config, tokenizer, base, tmp_path):
             "data.source": "builtin:tiny_sft",
             "num_iterations": 2,
             "epochs": 1,
+            "minibatches": 1,
             "checkpoint_every": 1,
         }
         config = tiny_config("ppo", settings | dict(overrides))

@@ -1,0 +1,62 @@
+"""Every experiment: its config at every scale makes sense, and `tiny` runs to its end."""
+
+import json
+
+import pytest
+
+from align_jax import main
+from align_jax.algorithms import ALGORITHMS
+from align_jax.algorithms.policy_gradient import check_choices
+from align_jax.config import SCALES, load_config
+from align_jax.data.sources import load_records
+from tests.conftest import EXPERIMENTS
+
+NAMES = sorted(file.stem for file in EXPERIMENTS.glob("*.py"))
+# Those that no other test runs whole.
+RUN_HERE = ("grpo_gsm8k", "hh_rlhf", "reinforce", "rloo", "stiennon2020_summarize")
+
+
+def runs_of(config):
+    """The configs of a run and of the runs it is made of."""
+    yield config
+    parts = {"stages": config.get("order"), "online_preferences": ("reward_model", "policy")}
+    for name in parts.get(config.algorithm) or ():
+        yield from runs_of(config[name])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_says_what_can_be_run(name, scale):
+    config = load_config(f"{EXPERIMENTS / name}.py:scale={scale}")
+    for run in runs_of(config):
+        assert run.algorithm in ALGORITHMS
+        if run.algorithm == "policy_gradient":
+            check_choices(run)
+        if "data" not in run or not run.data.source.startswith("builtin:"):
+            continue
+        kinds = {"sft": "sft", "preference": "preference", "policy_gradient": "prompt"}
+        if run.algorithm == "reward_model":
+            kinds["reward_model"] = "preference" if run.loss == "pairwise" else "ranked"
+        assert load_records(run.data.source, kind=kinds[run.algorithm])
+        assert run.data.batch_size % run.data.accumulation == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_docstring_states_the_command(name):
+    text = (EXPERIMENTS / f"{name}.py").read_text()
+    assert f"launch/local.sh experiments/{name}.py" in text
+    assert all(f"scale={scale}" in text for scale in ("tiny", "paper"))
+
+
+@pytest.mark.parametrize("name", RUN_HERE)
+def test_tiny_runs_to_its_end(name, tmp_path, compiled_once, quick_compilation):
+    workdir = tmp_path / "run"
+    command = ["train", f"--config={EXPERIMENTS / name}.py:scale=tiny", f"--workdir={workdir}"]
+    assert main.main(command) == 0
+    assert (workdir / "finished.json").is_file()
+    policy = workdir / "ppo" if (workdir / "ppo").is_dir() else workdir
+    rows = [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["objective/kl"] == 0.0
+    parts = [name for name in rows[0] if name.startswith("objective/scores/")]
+    wanted = {"objective/scores/helpful", "objective/scores/harmless"}
+    assert set(parts) == (wanted if name == "hh_rlhf" else set())
