@@ -1,7 +1,6 @@
 """Reading an experiment: its file, its argument, and overrides."""
 
 import pathlib
-import sys
 
 import pytest
 
@@ -70,12 +69,20 @@ def test_a_wrong_scale_is_refused_with_those_there_are(argument):
             load_config(f"{EXPERIMENTS / 'dpo.py'}:{argument}")
 
 
-def test_a_file_without_get_config_is_said_to_have_none(tmp_path, monkeypatch):
-    # ml_collections runs every file in one module: an earlier file's function would be found.
-    monkeypatch.delitem(sys.modules, "config_config", raising=False)
-    (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(RunError, match=r"the file has no function get_config\(arg\)"):
-        load_config(str(tmp_path / "empty.py"))
+def test_files_that_are_no_config_are_said_to_be_none(tmp_path):
+    for name, content, message in (
+        ("empty.py", "x = 1\n", r"empty.py: the file has no function get_config\(arg\)"),
+        ("dict.py", "def get_config():\n    return {}\n", "returned dict; expected a ConfigDict"),
+        ("dpo.yaml", "loss: dpo\n", "dpo.yaml is no Python file"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(RunError, match=message):
+            load_config(str(tmp_path / name))
+
+
+def test_loading_warns_of_nothing(recwarn):
+    load_config(DPO, ["--config.beta=0.5"])
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_an_error_inside_get_config_keeps_its_traceback(tmp_path):

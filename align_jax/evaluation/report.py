@@ -65,14 +65,14 @@ _CAPTIONS = {
 }
 
 
-def _plain(value):
+def plain(value):
     """`value` as JSON can hold it: numpy scalars and arrays unpacked, NaN and infinities None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -146,7 +146,7 @@ def _text(value: object) -> str:
     return html.escape(printable)
 
 
-def _table(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], css: str) -> str:
+def html_table(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], css: str) -> str:
     """Rows (class, cells): the first column is a heading, the others are numbers."""
     head = "".join(f'<th class="number">{_text(heading)}</th>' for heading in headings[1:])
     body = "".join(
@@ -166,7 +166,7 @@ def _results(summary: Mapping) -> str:
         (key, [label, *_cells(key, summary[key], ("±", "≤"))]) for key, label in POLICIES.items()
     ]
     parts = [
-        _table(("policy", *_HEADINGS), rows, "results"),
+        html_table(("policy", *_HEADINGS), rows, "results"),
         '<p class="caption">Mean reward with its 95 % confidence interval by prompt. Win rate: the '
         "probability that a sample beats a base sample of the same prompt, ties half. KL: of whole "
         "responses to the base; for best of 4 the bound log 4 − 3/4. Distinct-2: distinct pairs of "
@@ -218,18 +218,11 @@ def _page(
         sections.append(("Notes", f"<ul>{items}</ul>"))
     for name, picture in pictures.items():
         heading, caption = _CAPTIONS[name]
-        source = "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
-        sections.append(
-            (
-                heading,
-                f'<figure><img src="{source}" alt="{_text(heading)}">'
-                f"<figcaption>{_text(caption)}</figcaption></figure>",
-            )
-        )
+        sections.append((heading, html_figure(picture, heading, caption)))
     if samples:
         sections.append(("Samples side by side", _samples_table(samples)))
     times = [("", [name, _number(value, "{:.1f}")]) for name, value in _seconds(summary)]
-    sections.append(("Time", _table(("phase", "seconds"), times, "narrow")))
+    sections.append(("Time", html_table(("phase", "seconds"), times, "narrow")))
     details = {
         key: value
         for key, value in summary.items()
@@ -238,6 +231,20 @@ def _page(
     if details:
         listing = json.dumps(details, indent=2, ensure_ascii=False)
         sections.append(("Settings", f"<pre>{_text(listing)}</pre>"))
+    return html_page(title, sections)
+
+
+def html_figure(picture: bytes, heading: str, caption: str) -> str:
+    """A PNG inside the page, with its caption."""
+    source = "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
+    return (
+        f'<figure><img src="{source}" alt="{_text(heading)}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+    )
+
+
+def html_page(title: str, sections: Sequence[tuple[str, str]]) -> str:
+    """One self-contained page of sections (heading, HTML)."""
     body = "\n".join(f"<section><h2>{heading}</h2>\n{part}</section>" for heading, part in sections)
     # The policy keeps the page inert whatever the model wrote: no scripts, nothing fetched.
     return f"""<!DOCTYPE html>
@@ -252,7 +259,7 @@ def _page(
 """
 
 
-def _replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
+def replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
     """Writes all files under temporary names, then renames all: what fails leaves the old ones."""
     temporary = {name: directory / f".{name}.{os.getpid()}" for name in contents}
     try:
@@ -295,7 +302,7 @@ def write_report(
         "frontier.png": figures.reward_against_kl(rewards["base"], summary["trained"]),
     }
     pictures = {name: picture for name, picture in pictures.items() if picture is not None}
-    summary = _plain(summary)
+    summary = plain(summary)
     page = _page(title, summary, pictures, samples, [*_curve_notes(curves), *notes])
     listing = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -304,5 +311,5 @@ def write_report(
     # Decoded model output can hold lone surrogates, which UTF-8 cannot.
     texts = {"summary.json": listing, "index.html": page}
     encoded = {name: text.encode("utf-8", "replace") for name, text in texts.items()}
-    _replace_files(directory, {**pictures, **encoded})
+    replace_files(directory, {**pictures, **encoded})
     return directory / "index.html"

@@ -252,12 +252,14 @@ def discopop_loss(
 ) -> jax.Array:
     """Log-ratio modulated loss: logistic for lost comparisons, exponential for won ones.
 
-    z = beta h,  m = sigmoid(z / tau)
+    z = beta h,  m = sigmoid(z / tau), tau > 0
     loss = (1 - m) (-log sigmoid(z)) + m exp(-z)
 
     Lu et al. 2024 (DiscoPOP), eq. 5. Not convex: around z = 0 it has the flat spot of its paper.
     """
     h_w, h_l = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    if is_number(tau):
+        require(tau > 0, f"`tau` must be above 0, but is {tau}")
     z = beta * (h_w - h_l)
     # m exp(-z) in one exponent: m underflows where exp(-z) overflows.
     exponential = bounded_exp(log_sigmoid(z / tau) - z)

@@ -9,7 +9,7 @@ from jax.lax import stop_gradient
 from jax.nn import log_sigmoid, sigmoid
 from jax.typing import ArrayLike
 
-from align_jax.losses._inputs import as_float, log_ratios, same_shape_floats
+from align_jax.losses._inputs import as_float, is_number, log_ratios, require, same_shape_floats
 
 __all__ = [
     "apo_down_loss",
@@ -104,6 +104,8 @@ def sppo_loss(
     Wu et al. 2024 (SPPO), eq. 4.7, whose eta is 1 / beta.
     """
     h_w, h_l = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    if is_number(win_probability):
+        require(0 <= win_probability <= 1, "`win_probability` must be in [0, 1]")
     target = (stop_gradient(win_probability) - 0.5) / beta
     return (h_w - target) ** 2 + (h_l + target) ** 2
 

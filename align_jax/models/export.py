@@ -1,18 +1,23 @@
-"""Writing a model as a Hugging Face directory."""
+"""Writing a model, or a reward model, as a Hugging Face directory."""
 
+import copy
+import dataclasses
 import json
 import math
 import os
 import pathlib
 import shutil
 import tempfile
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from align_jax.models import families
 from align_jax.models.families import ModelError
+from align_jax.models.heads import RewardScale, ScalarModel, without_unembedding
+from align_jax.models.lora import merge_adapters
 from align_jax.models.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -27,13 +32,74 @@ def save_model(
 ) -> None:
     """Writes a model and its tokenizer as a new Hugging Face directory.
 
-    Parameters keep their dtype. The directory appears under its name only once complete.
+    Parameters keep their dtype; adapters are merged into their kernels. The directory appears
+    under its name only once complete.
 
     Raises:
       ModelError: the directory exists and is not empty, the tokenizer has more tokens than the
         model, parameters are spread over other hosts, or the disk is full. Nothing is left then.
     """
+    _save(model, tokenizer, path)
+
+
+def save_reward_model(
+    model: ScalarModel,
+    tokenizer: "PreTrainedTokenizerFast",
+    path: str | os.PathLike,
+    *,
+    scale: RewardScale,
+) -> None:
+    """Writes a reward model as a directory that `AutoModelForSequenceClassification` loads.
+
+    The head is `score.weight`; that class has no bias, so the head's own goes into the bias of
+    `reward.json`: reward = gain * (what transformers computes) + bias.
+
+    Raises:
+      ModelError: as `save_model`.
+    """
+    head_bias = float(np.asarray(model.head.head_bias[...]))
+    scale = dataclasses.replace(scale, bias=scale.gain * head_bias + scale.bias)
+    transformer = without_unembedding(model.transformer)
+    dtype = transformer.embedding[...].dtype
+    kernel = np.asarray(model.head.head_kernel[...]).astype(dtype)[None]
+    _save(
+        transformer,
+        _with_distinct_padding(tokenizer),
+        path,
+        tensors={"score.weight": kernel},
+        config={"id2label": {"0": "reward"}, "label2id": {"reward": 0}},
+        files={"reward.json": dataclasses.asdict(scale)},
+    )
+
+
+def _with_distinct_padding(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
+    """A copy that pads with another token than EOS, or with none if it has no other.
+
+    transformers scores at the last token whose id is not the padding's: with EOS as padding it
+    would score before the EOS that ends a response.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        taken = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        special = {tokenizer.unk_token: tokenizer.unk_token_id}
+        special |= {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        free = [token for token, id in special.items() if id is not None and id not in taken]
+        tokenizer.pad_token = free[0] if free else None
+    return tokenizer
+
+
+def _save(
+    model: Transformer,
+    tokenizer: "PreTrainedTokenizerFast",
+    path: str | os.PathLike,
+    *,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    config: Mapping[str, Any] | None = None,
+    files: Mapping[str, dict] | None = None,
+) -> None:
+    """Writes the directory; `tensors` and `config` are those of a classification head."""
     path = pathlib.Path(path).expanduser()
+    model = merge_adapters(model)
     leaves = {
         families.parameter_path(keys): leaf
         for keys, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
@@ -49,8 +115,10 @@ def save_model(
                 f"cannot save to {path}: the model takes {size:,} bytes, the disk has {free:,}."
             )
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        _write_weights(model, leaves, temporary)
-        _write_configs(model, leaves["embedding"].dtype, tokenizer, temporary)
+        _write_weights(model, leaves, temporary, tensors or {})
+        _write_configs(model, leaves["embedding"].dtype, tokenizer, temporary, config)
+        for name, content in (files or {}).items():
+            _write_json(temporary / name, content)
         # mkdtemp and safetensors write for their owner only; a model is as readable as any file.
         umask = os.umask(0)
         os.umask(umask)
@@ -80,7 +148,12 @@ def _check(model, leaves, tokenizer, path: pathlib.Path) -> None:
         )
 
 
-def _write_weights(model: Transformer, leaves: dict[str, jax.Array], folder: pathlib.Path) -> None:
+def _write_weights(
+    model: Transformer,
+    leaves: dict[str, jax.Array],
+    folder: pathlib.Path,
+    more: Mapping[str, np.ndarray],
+) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -105,6 +178,9 @@ def _write_weights(model: Transformer, leaves: dict[str, jax.Array], folder: pat
             # safetensors writes the memory as it lies, whatever the strides.
             content[name] = np.ascontiguousarray(np.concatenate(parts, axis=-1))
             weight_map[name] = file
+        if number == len(shards):
+            content |= more
+            weight_map |= dict.fromkeys(more, file)
         try:
             save_file(content, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # how it reports a full disk
@@ -128,15 +204,23 @@ def _shards(sizes: dict[str, int]) -> list[list[str]]:
 
 
 def _write_configs(
-    model: Transformer, dtype: np.dtype, tokenizer: "PreTrainedTokenizerFast", folder: pathlib.Path
+    model: Transformer,
+    dtype: np.dtype,
+    tokenizer: "PreTrainedTokenizerFast",
+    folder: pathlib.Path,
+    classification: Mapping[str, Any] | None,
 ) -> None:
     ids = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
-    _write_json(
-        folder / "config.json", families.config_to_hf(model.config, dtype=dtype.name, **ids)
-    )
-    _write_json(folder / "generation_config.json", ids)
+    config = families.config_to_hf(model.config, dtype=dtype.name, **ids)
+    if classification is None:
+        _write_json(folder / "generation_config.json", ids)
+    else:
+        [name] = config["architectures"]
+        family = name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        config |= {"architectures": [f"{family}ForSequenceClassification"], **classification}
+    _write_json(folder / "config.json", config)
     tokenizer.save_pretrained(folder)
     # transformers 5 writes a class name here that transformers 4 does not know; both know this one.
     config_path = folder / "tokenizer_config.json"

@@ -1,10 +1,13 @@
 """Scalar heads: a reward or a value per position on top of a transformer's hidden states."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from align_jax.models.transformer import Transformer
+from align_jax.models.transformer import Transformer, TransformerConfig
 
 Array = jax.Array
 
@@ -42,3 +45,51 @@ class ScalarModel(nnx.Module):
     def __call__(self, tokens: Array, **kwargs) -> Array:
         """`[B,T] -> [B,T]`; keyword arguments as for `Transformer`."""
         return self.head(self.transformer(tokens, **kwargs))
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.transformer.config
+
+
+def response_scores(model: ScalarModel, batch: dict[str, Array]) -> Array:
+    """The scalar at each response's last token, EOS included: `[N]` (layout: docs/data.md).
+
+    That token sees its prompt and its response and nothing else of the batch.
+    """
+    scalars = model(
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        branch_ids=batch["branch_ids"],
+    )
+    return scalars[batch["response_row"], batch["response_end"]]
+
+
+def without_unembedding(transformer: Transformer) -> Transformer:
+    """The same transformer without an untied projection to the vocabulary; arrays are shared.
+
+    A reward model never projects to the vocabulary: for Llama 2 7B that is 2 % of the parameters
+    and of the optimizer's state.
+    """
+    if transformer.unembedding is None:
+        return transformer
+    bare = jax.tree.map(lambda x: x, transformer)
+    bare.unembedding = None
+    bare.config = dataclasses.replace(transformer.config, tie_embeddings=True)
+    return bare
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardScale:
+    """What turns a head's scalar into a reward, `gain * scalar + bias`, and where that came from.
+
+    Attributes:
+      gain, bias: finite numbers.
+      max_length: tokens of prompt and response that texts were cut to in training; None: uncut.
+      origin: how gain and bias were found, for the reader.
+    """
+
+    gain: float = 1.0
+    bias: float = 0.0
+    max_length: int | None = None
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -5,26 +5,41 @@ In: a Hugging Face directory (safetensors), a hub id, a GGUF file, or the words 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import math
 import os
 import pathlib
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from align_jax.distributed.partitioning import named_sharding
 from align_jax.models import families
-from align_jax.models.export import save_model
+from align_jax.models.export import save_model, save_reward_model
 from align_jax.models.families import ModelError
 from align_jax.models.gguf import GGUFFile
-from align_jax.models.locate import locate, read_json
+from align_jax.models.heads import RewardScale, ScalarModel
+from align_jax.models.locate import Location, locate, read_json
 from align_jax.models.tokenizers import load_tokenizer
 from align_jax.models.transformer import Transformer, TransformerConfig, parameter_dimensions
 
-__all__ = ["ModelError", "load_model", "load_tokenizer", "save_model"]
+__all__ = [
+    "ModelError",
+    "abstract_model",
+    "load_model",
+    "load_reward_model",
+    "load_tokenizer",
+    "save_model",
+    "save_reward_model",
+]
+
+_Module = TypeVar("_Module", bound=nnx.Module)
 
 # The vocabulary is that of `tokenizers.tiny_tokenizer`.
 _TINY = {
@@ -83,26 +98,124 @@ def load_model(
     """
     location = locate(path, weights=True)
     dtype = jnp.dtype(dtype or "float32")
-    settings = {"compute_dtype": jnp.dtype(compute_dtype).name, "remat": remat}
-    if location.kind == "tiny":
-        config = families.config_from_hf(_TINY[str(path)])
-        config = dataclasses.replace(config, **settings)
-        model = Transformer(config, key=jax.random.key(0))
-        return _fill(model, lambda _, leaf: np.asarray(leaf, dtype), mesh)
-    source: _Source
-    try:
-        if location.kind == "gguf":
-            source = GGUFFile(location.path)
-            config = families.config_from_hf(source.hf_config())
-        else:
-            config = families.config_from_hf(read_json(location.path / "config.json"))
-            source = _SafetensorsFiles(location.path)
-        config = dataclasses.replace(config, **settings)
+    with _naming(location):
+        config, source = _open(location, compute_dtype, remat)
+        if source is None:
+            model = Transformer(config, key=jax.random.key(0))
+            return _fill(model, lambda _, leaf: np.asarray(leaf, dtype), mesh)
         return _read(config, source, dtype, mesh)
+
+
+def abstract_model(
+    path: str | os.PathLike,
+    *,
+    mesh: Mesh,
+    compute_dtype: str = "float32",
+    remat: str = "none",
+) -> Transformer:
+    """The model that `load_model` would read, as shapes: no weight is read, none is in memory.
+
+    Its leaves are `jax.ShapeDtypeStruct` in float32 with the shardings of `mesh`, for what
+    restores a checkpoint. Arguments and errors as for `load_model`, but for those of the weights.
+    """
+    location = locate(path, weights=False)
+    with _naming(location):
+        config, _ = _open(location, compute_dtype, remat, weights=False)
+    model = jax.eval_shape(lambda: Transformer(config, key=jax.random.key(0)))
+    dimensions = parameter_dimensions(model)
+    return jax.tree.map(
+        lambda leaf, named: jax.ShapeDtypeStruct(
+            leaf.shape, jnp.float32, sharding=named_sharding(mesh, named, leaf.shape)
+        ),
+        model,
+        dimensions,
+    )
+
+
+@contextlib.contextmanager
+def _naming(location: Location) -> Iterator[None]:
+    """Puts the model's path into errors that do not name it."""
+    try:
+        yield
     except ModelError as error:
         if str(location.path) in str(error):
             raise
         raise ModelError(f"{location.path}: {error}") from error
+
+
+def _open(
+    location: Location, compute_dtype: str, remat: str, *, weights: bool = True
+) -> tuple[TransformerConfig, _Source | None]:
+    """A model's configuration and, unless it is made in memory or unwanted, its tensors."""
+    source: _Source | None = None
+    if location.kind == "tiny":
+        content = _TINY[str(location.path)]
+    elif location.kind == "gguf":
+        source = GGUFFile(location.path)
+        content = source.hf_config()
+    else:
+        content = read_json(location.path / "config.json")
+    config = families.config_from_hf(content)
+    if location.kind == "directory" and weights:
+        source = _SafetensorsFiles(location.path)
+    settings = {"compute_dtype": jnp.dtype(compute_dtype).name, "remat": remat}
+    return dataclasses.replace(config, **settings), source
+
+
+def load_reward_model(
+    path: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    compute_dtype: str = "float32",
+    remat: str = "none",
+) -> tuple[ScalarModel, RewardScale]:
+    """Reads what `save_reward_model` wrote, or transformers' `...ForSequenceClassification`.
+
+    The model's scalar at a response's last token is what transformers computes; the scale (gain 1,
+    bias 0 if there is no `reward.json`) makes the reward of it. Arguments as for `load_model`.
+
+    Raises:
+      ModelError: as `load_model`; the directory has no scalar head, or a damaged reward.json.
+    """
+    location = locate(path, weights=True)
+    if location.kind != "directory":
+        raise ModelError(f"{path} is not a reward model: expected a directory with score.weight.")
+    folder = location.path
+    # A classification model has no projection to the vocabulary, whatever its config says.
+    config = families.config_from_hf(
+        read_json(folder / "config.json") | {"tie_word_embeddings": True}
+    )
+    settings = {"compute_dtype": jnp.dtype(compute_dtype).name, "remat": remat}
+    config = dataclasses.replace(config, **settings)
+    files = _SafetensorsFiles(folder)
+    shape = (1, config.hidden_size)
+    if files.shapes().get("score.weight") != shape:
+        raise ModelError(
+            f"{folder} is not a reward model: expected a tensor score.weight of shape {shape}, "
+            f"found {files.shapes().get('score.weight', 'none')}."
+        )
+    kernel = files.pop("score.weight")[0].astype(np.float32)
+    dtype = jnp.dtype(dtype or "float32")
+    try:
+        model = ScalarModel(_read(config, files, dtype, mesh), key=None)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    head = _fill(model.head, lambda name, leaf: kernel if name == "head_kernel" else leaf, mesh)
+    model.head = head
+    return model, _read_scale(folder / "reward.json")
+
+
+def _read_scale(file: pathlib.Path) -> RewardScale:
+    if not file.is_file():
+        return RewardScale()
+    content = read_json(file)
+    for name in ("gain", "bias"):
+        value = content.get(name)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ModelError(f"{file}: {name!r} must be a finite number, got {value!r}.")
+    known = {field.name for field in dataclasses.fields(RewardScale)}
+    return RewardScale(**{name: value for name, value in content.items() if name in known})
 
 
 class _SafetensorsFiles:
@@ -149,6 +262,11 @@ class _SafetensorsFiles:
 
     def read(self, name: str) -> np.ndarray:
         return self._files[name].get_tensor(name)
+
+    def pop(self, name: str) -> np.ndarray:
+        """Reads a tensor that is not the transformer's, and leaves it out from here on."""
+        del self._shapes[name]
+        return self._files.pop(name).get_tensor(name)
 
 
 def _read(
@@ -207,7 +325,7 @@ def _match(
     return actual
 
 
-def _fill(model: Transformer, values, mesh: Mesh | None) -> Transformer:
+def _fill(model: _Module, values, mesh: Mesh | None) -> _Module:
     """`model` with every leaf replaced by `values(path, leaf)`, a host array put on the mesh."""
     dimensions = iter(
         jax.tree.leaves(parameter_dimensions(model), is_leaf=lambda x: isinstance(x, tuple))

@@ -1,4 +1,4 @@
-"""Run by test_meshes.py under eight forced CPU devices: DPO steps and sampling on three meshes."""
+"""Run by test_meshes.py under eight forced CPU devices: DPO, rewards, sampling on three meshes."""
 
 import json
 import pathlib
@@ -7,11 +7,13 @@ import sys
 import jax
 import numpy as np
 
-from align_jax.algorithms import preference
+from align_jax.algorithms import comparisons, preference, reward_model
 from align_jax.config import load_config
 from align_jax.distributed import mesh as meshes
 from align_jax.generation import generate
+from align_jax.models.heads import RewardScale, ScalarModel
 from align_jax.models.interchange import load_model, load_tokenizer
+from align_jax.rewards.model import RewardModel
 from align_jax.training import offline
 from align_jax.training.checkpoint import flatten
 from align_jax.training.metrics import read_metrics
@@ -104,6 +106,23 @@ def through_train(directory, sizes):
     return read_metrics(directory)
 
 
+def rewards(mesh):
+    """The loss of a batch of rankings, two records a row, and the rewards of texts."""
+    c = load_config(f"{CONFIG.with_name('reward_model.py')}:scale=tiny")
+    c.update(loss="all_pairs")
+    c.data.update(source="builtin:tiny_ranked", rows=8, limit=16)
+    tokenizer = load_tokenizer("tiny")
+    examples, _ = comparisons.load_comparisons(c, tokenizer)
+    model = ScalarModel(load_model("tiny", mesh=mesh), key=jax.random.key(1))
+    batch = offline.make_collate(c.data, comparisons.attach)(examples)
+    with jax.set_mesh(mesh):
+        placed = place_batch(batch, mesh, accumulated=False)
+        loss = float(jax.jit(reward_model.make_loss(c))(model, placed).loss)
+    reward = RewardModel([(model, RewardScale())], tokenizer, mesh=mesh)
+    texts = [" a" * n for n in range(1, 60, 5)]
+    return np.array([loss, *reward([{"prompt": "b"}] * len(texts), texts)])
+
+
 def compare(name, found, expected):
     for row, wanted in zip(found, expected, strict=True):
         for key in ("loss", "grad_norm"):
@@ -125,6 +144,7 @@ def main(scratch: pathlib.Path) -> None:
         np.testing.assert_allclose(sharded_reference, reference, atol=1e-4)
         compare(sizes, sharded, rows)
         np.testing.assert_array_equal(sharded_tokens, tokens)
+        np.testing.assert_allclose(rewards(mesh), rewards(single), atol=1e-4)
     losses = through_train(scratch / "run", (2, 2, 2))
     assert [row["step"] for row in losses] == [1, 2, 3, 4, 5]
     assert abs(losses[0]["loss"] - np.log(2)) < 1e-6

@@ -85,7 +85,8 @@ def kto(world: World) -> Array:
     The loss of y is -(2 w - 1) sigmoid(z) + const: below w = 1/2 nothing holds a response, and its
     probability goes to 0; the others have
     (2 w - 1) sigmoid'(beta (log u - z0)) = C u with u = pi / ref, for equally frequent responses
-    C pi, that is with 1 / N on the left and C pi on the right.
+    C pi, that is with 1 / N on the left and C pi on the right. Flipping a share of all labels
+    multiplies every 2 w - 1, and C, by one factor: the law stays.
     """
     out = []
     for ref, wins in zip(world.reference, win_rates(world)):
@@ -105,11 +106,20 @@ def kto(world: World) -> Array:
         z0 = 0.0
         for _ in range(200):
             x = solve_normalizer(lambda c, z0=z0: log_policy(c, z0), -50.0, 50.0)
-            z0 = 0.5 * z0 + 0.5 * max((np.exp(x) * (x - ref[kept])).sum(), 0.0)
+            point = max((np.exp(x) * (x - ref[kept])).sum(), 0.0)
+            if abs(point - z0) < 1e-12:
+                break
+            z0 = 0.5 * z0 + 0.5 * point
         full = np.full_like(ref, -np.inf)
         full[kept] = x
         out.append(full)
     return np.stack(out)
+
+
+def best_response(world: World) -> Array:
+    """All on the response of the largest reward."""
+    best = world.reward == world.reward.max(-1, keepdims=True)
+    return np.where(best, 0.0, -np.inf)
 
 
 def kl_in_loss(

@@ -45,12 +45,6 @@ class Enumerated:
 
         return jax.grad(objective)(self.logits)
 
-    def exact_reward(self) -> jax.Array:
-        """The gradient of -E r alone."""
-        return jax.grad(lambda x: -(jnp.exp(self.log_probs(x).sum(-1)) * self.reward).sum())(
-            self.logits
-        )
-
     def kl_gradient(self) -> jax.Array:
         """The gradient of KL(pi || ref)."""
 
@@ -60,27 +54,39 @@ class Enumerated:
 
         return jax.grad(divergence)(self.logits)
 
-    def expected(self, loss: Callable[[jax.Array], jax.Array], logits=None) -> jax.Array:
-        """E over one sample of the gradient of the summed `loss(log_probs [N,T]) [N,T]`."""
-        weight = jnp.exp(self.log_probs(self.logits).sum(-1))
+    def expected(
+        self, loss: Callable[[jax.Array], jax.Array], *, logits=None, sampler=None
+    ) -> jax.Array:
+        """E over one sample of the gradient of the summed `loss(log_probs [N,T]) [N,T]`.
+
+        `logits` is where the gradient is taken, `sampler` who draws; this policy by default.
+        """
+        weight = jnp.exp(self.log_probs(self.logits if sampler is None else sampler).sum(-1))
 
         def total(logits):
             return (weight * (loss(self.log_probs(logits)) * self.mask).sum(-1)).sum()
 
         return jax.grad(total)(self.logits if logits is None else logits)
 
-    def expected_of_groups(self, advantages, size: int, rewards=None) -> jax.Array:
-        """E over groups of `size` of the group's mean REINFORCE gradient with KL-shaped scores."""
+    def expected_of_groups(self, advantages, size: int, *, mean: str | None = None) -> jax.Array:
+        """E over groups of `size` of the group's mean REINFORCE gradient with KL-shaped scores.
+
+        Over a response's symbols it is the sum, or `aggregate_token_losses` of the method `mean`.
+        """
         total = self.log_probs(self.logits).sum(-1)
-        if rewards is None:
-            rewards = self.reward - BETA * (total - self.reference.sum(-1))
+        rewards = self.reward - BETA * (total - self.reference.sum(-1))
         groups = np.array(list(itertools.product(range(len(total)), repeat=size)))
         weight = jnp.exp(total[groups].sum(-1))
         given = advantages(rewards[groups])
 
         def loss(logits):
-            log_probs = self.log_probs(logits).sum(-1)
-            return (weight[:, None] * pg.reinforce_loss(log_probs[groups], given)).sum() / size
+            log_probs = self.log_probs(logits)
+            if mean is None:
+                losses = pg.reinforce_loss(log_probs.sum(-1)[groups], given)
+            else:
+                tokens = pg.reinforce_loss(log_probs[groups], given[..., None])
+                losses = pg.aggregate_token_losses(tokens, self.mask[groups], method=mean)
+            return (weight[:, None] * losses).sum() / size
 
         return jax.grad(loss)(self.logits)
 
@@ -102,6 +108,11 @@ class Enumerated:
 def relative(estimate: jax.Array, exact: jax.Array) -> float:
     """|estimate - exact| / |exact|."""
     return float(jnp.linalg.norm(estimate - exact) / jnp.linalg.norm(exact))
+
+
+def rescaled(estimate: jax.Array, exact: jax.Array) -> float:
+    """`relative` after the factor that makes it smallest: what no learning rate undoes."""
+    return relative((estimate * exact).sum() / (estimate**2).sum() * estimate, exact)
 
 
 def biases() -> dict[str, float]:
@@ -131,9 +142,14 @@ def _biases(e: Enumerated) -> dict[str, float]:
             unscaled * k / (k - 1), exact
         )
         out[f"GRPO without std, K = {k}"] = relative(unscaled, exact)
-        scaled = e.expected_of_groups(pg.grpo_advantages, k)
-        best = (scaled * exact).sum() / (scaled**2).sum()
-        out[f"GRPO with std, K = {k}, after the best rescaling"] = relative(best * scaled, exact)
+        out[f"GRPO with std, K = {k}, after the best rescaling"] = rescaled(
+            e.expected_of_groups(pg.grpo_advantages, k), exact
+        )
+    for name, mean in (("each response's", "grpo"), ("the group's", "dapo")):
+        out[f"RLOO, K = 2, mean over {name} symbols, after the best rescaling"] = rescaled(
+            e.expected_of_groups(pg.rloo_advantages, 2, mean=mean), exact
+        )
+    out |= _off_policy(e, to_go)
     out["PPO's first step, exact critic, lambda = 0.95"] = relative(
         e.expected(with_advantages(values, 0.95)), exact
     )
@@ -163,12 +179,50 @@ def _biases(e: Enumerated) -> dict[str, float]:
     out["k2 in the loss by response, against the KL's gradient"] = relative(
         e.expected(k2_of_sequences), e.kl_gradient()
     )
-    return out
+    return out | _entropy(e)
+
+
+def _entropy(e: Enumerated) -> dict[str, float]:
+    """The bonus on sampled prefixes, against the entropy of responses."""
+
+    def negative_entropy(logits):
+        total = e.log_probs(logits).sum(-1)
+        return (jnp.exp(total) * total).sum()
+
+    prefix, weight = LANGUAGE.choices[0], jnp.exp(e.log_probs(e.logits).sum(-1))
+    bonus = jax.grad(
+        lambda x: (weight @ pg.entropy_bonus(x[prefix], e.mask, coefficient=1.0)).sum()
+    )(e.logits)
+    name = "entropy bonus by symbol, against the responses' entropy"
+    return {name: relative(bonus, jax.grad(negative_entropy)(e.logits))}
+
+
+def _off_policy(e: Enumerated, to_go: jax.Array) -> dict[str, float]:
+    """REINFORCE on samples of a policy nearby, with the weights that are to correct for it."""
+    shift = np.random.default_rng(2).normal(size=e.logits.shape)
+    sampler = e.logits + 0.5 * shift
+    tokens, drawn = e.log_probs(e.logits), e.log_probs(sampler)
+
+    def whole(cap):
+        return pg.truncated_importance_weights(tokens.sum(-1), drawn.sum(-1), cap=cap)[:, None]
+
+    corrections = {
+        "uncorrected": 1.0,
+        "weighted by response": whole(jnp.inf),
+        "weighted by response, capped at 2": whole(2.0),
+        "weighted by symbol": pg.truncated_importance_weights(tokens, drawn, cap=jnp.inf),
+    }
+    return {
+        f"REINFORCE on another's samples, {name}": relative(
+            e.expected(lambda x, w=w: w * pg.reinforce_loss(x, to_go), sampler=sampler), e.exact()
+        )
+        for name, w in corrections.items()
+    }
 
 
 def _second_step(e: Enumerated, loss) -> dict[str, float]:
     """The bias of PPO's second step on one sample of data: samples and advantages are old."""
     moved = Enumerated()
     moved.logits = e.logits - 1.0 * e.expected(loss)
-    bias = relative(e.expected(loss, moved.logits), moved.exact())
+    bias = relative(e.expected(loss, logits=moved.logits), moved.exact())
     return {"PPO's second step on the same data (step length 1)": bias}

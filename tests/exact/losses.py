@@ -1,8 +1,6 @@
 """Loss functions for `make_train_step`: the library's losses under exact expectations."""
 
-import functools
 import itertools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +12,11 @@ from ml_collections import ConfigDict
 from align_jax import losses
 from align_jax.algorithms import preference
 from align_jax.losses import policy_gradient as pg
-from align_jax.models.heads import ScalarModel
+from align_jax.models.heads import ScalarModel, response_scores
 from align_jax.models.transformer import Transformer
-from align_jax.training.scoring import sum_by_response, target_log_probs
+from align_jax.training.scoring import target_log_probs
 from align_jax.training.step import Batch, LossFunction, LossSums
-from tests.exact.fixed_points import PairLoss, label_weights, win_rates
+from tests.exact.fixed_points import label_weights, win_rates
 from tests.exact.language import World, action_values, bradley_terry, token_policy
 from tests.exact.training import (
     all_pairs,
@@ -38,37 +36,18 @@ def preference_batch(world: World, flip_rate: float = 0.0) -> Batch:
     p, chosen, rejected = pairs.T
     batch = pair_batch(world.language, pairs, label_weights(world, flip_rate)[p, chosen, rejected])
     reference = np.stack([world.reference[p, chosen], world.reference[p, rejected]], 1)
-    lengths = world.language.lengths[pairs[:, 1:]]
-    return batch | {
-        "reference_log_probs": reference.ravel().astype(np.float32),
-        "lengths": lengths.ravel().astype(np.float32),
-    }
+    return batch | {"reference_log_probs": reference.ravel().astype(np.float32)}
 
 
-def trainer_loss(name: str, beta: float, **fixed: float) -> LossFunction:
-    """`algorithms.preference.make_loss`; `fixed` binds what it has no config key for."""
-    bound = {name: functools.partial(preference.LOSSES[name], **fixed)}
-    with mock.patch.dict(preference.LOSSES, bound):
-        return preference.make_loss(ConfigDict({"loss": name, "beta": beta}))
+def trainer_loss(name: str, beta: float, **options: float | str) -> LossFunction:
+    """`algorithms.preference.make_loss`."""
+    config = {"loss": name, "beta": beta, "loss_options": options}
+    return preference.make_loss(ConfigDict(config))
 
 
-def paired(pair_loss: PairLoss) -> LossFunction:
-    """The same pieces around a loss that is none of `algorithms.preference.LOSSES`."""
-
-    def loss_sums(model: Transformer, batch: Batch) -> LossSums:
-        reference, lengths, weight = (
-            batch[name] for name in ("reference_log_probs", "lengths", "weight")
-        )
-        token_log_probs, _ = target_log_probs(model, batch)
-        log_probs = sum_by_response(token_log_probs, batch, reference.shape[0])
-        arguments = [x[k::2] for x in (log_probs, reference, lengths) for k in (0, 1)]
-        return LossSums((weight * pair_loss(*arguments)).sum(), weight.sum(), {})
-
-    return loss_sums
-
-
-def kto_batch(world: World) -> Batch:
-    return policy_batch(world) | {"desirable": win_rates(world).ravel().astype(np.float32)}
+def kto_batch(world: World, flip_rate: float = 0.0) -> Batch:
+    desirable = (1 - 2 * flip_rate) * win_rates(world) + flip_rate
+    return policy_batch(world) | {"desirable": desirable.ravel().astype(np.float32)}
 
 
 def kto(world: World) -> LossFunction:
@@ -272,11 +251,8 @@ class RewardTable(nnx.Module):
 
 
 def scores(model: RewardTable | ScalarModel, batch: Batch) -> jax.Array:
-    """`[P N]` rewards: of a `ScalarModel`, the scalar at a response's last symbol."""
-    if isinstance(model, RewardTable):
-        return model.bias[...]
-    scalars = model(batch["tokens"], positions=batch["positions"])
-    return jnp.take_along_axis(scalars, batch["last"][:, None], axis=1)[:, 0]
+    """`[P N]` rewards."""
+    return model.bias[...] if isinstance(model, RewardTable) else response_scores(model, batch)
 
 
 def reward_model(set_loss) -> LossFunction:
@@ -287,12 +263,6 @@ def reward_model(set_loss) -> LossFunction:
         return mean(batch["weight"] * values)
 
     return loss_sums
-
-
-def reward_batch(world: World) -> Batch:
-    batch = enumeration(world.language)
-    real = batch["segment_ids"] > 0
-    return batch | {"last": (real.sum(-1) - 1).astype(np.int32)}
 
 
 def pair_sets(world: World, handicap: np.ndarray | float = 0.0) -> Batch:

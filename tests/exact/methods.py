@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from align_jax.losses import policy_gradient as pg
@@ -27,44 +26,62 @@ class Method:
       claim: what the paper says it converges to.
       limit: what it converges to here, in words.
       build: world -> loss, batch, refresh.
-      law: world -> `[P,N]` that law; None where there is none to compare with.
+      law: world -> `[P,N]` that law.
     """
 
     name: str
     claim: str
     limit: str
     build: Callable[[World], tuple[LossFunction, Batch, Batches | None]]
-    law: Callable[[World], Array] | None
+    law: Callable[[World], Array]
     run: Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Landing:
     policy: Array
-    law: Array | None
+    law: Array
 
 
 def land(method: Method, world: World, *, seed: int = 0, start: Transformer | None = None):
     loss, batch, refresh = method.build(world)
     start = start or random_transformer(seed)
     model = trained(loss, start, batch, method.run, refresh)
-    law = method.law(world) if method.law else None
-    return Landing(policy_of(model, world.language), law)
+    return Landing(policy_of(model, world.language), method.law(world))
 
 
 def optimum(world: World) -> Array:
     return world.optimum
 
 
-OPTIMUM = "the optimum"
+OPTIMUM, NONE = "the optimum", "none"
 COMPARISONS = Run(steps=400, learning_rate=1e-3)
 SLOW_COMPARISONS = Run(steps=800, learning_rate=1e-3)
+KTO = Run(steps=4000, learning_rate=3e-4)
 GRADIENTS = Run(steps=800, learning_rate=1e-3)
 
 
-def _trainer(name: str, *, flip_rate: float = 0.0, **fixed: float):
+def plain(world: World) -> float:
+    return world.beta
+
+
+def per_token(world: World) -> float:
+    """beta on nats per symbol: `world.beta` for the longest responses, more for shorter ones."""
+    return world.beta * world.language.max_length
+
+
+def stiff(world: World) -> float:
+    """f-DPO's beta. Where pi / ref is large, f' is flat: at `world.beta` training takes forever."""
+    return 4 * world.beta
+
+
+def one(world: World) -> float:
+    return 1.0
+
+
+def _trainer(name: str, beta=plain, *, flip_rate: float = 0.0, **options: float | str):
     return lambda world: (
-        losses.trainer_loss(name, world.beta, **fixed),
+        losses.trainer_loss(name, beta(world), **options),
         losses.preference_batch(world, flip_rate),
         None,
     )
@@ -78,20 +95,6 @@ def library(name: str, **fixed: float):
 
 def _minimized(make_loss, *, flip_rate: float = 0.0):
     return lambda world: pair_minimizer(world, make_loss(world), flip_rate)
-
-
-def _paired(make_loss):
-    return lambda world: (losses.paired(make_loss(world)), losses.preference_batch(world), None)
-
-
-def per_token(world: World) -> float:
-    """beta on nats per symbol: `world.beta` for the longest responses, more for shorter ones."""
-    return world.beta * world.language.max_length
-
-
-def stiff(world: World) -> float:
-    """f-DPO's beta. Where pi / ref is large, f' is flat: at `world.beta` training takes forever."""
-    return 4 * world.beta
 
 
 def simpo(gamma: float):
@@ -121,32 +124,28 @@ def f_dpo(divergence: str):
 
 
 def slic(world):
-    # All pairs come equally often, so that this sums to minus E_ref log pi.
-    half = world.reward.shape[1] / 2
-
-    def loss(c, r, rc, rr, lc, lr):
-        likelihood = half * (jnp.exp(rc) * c + jnp.exp(rr) * r)
-        return preference.slic_loss(c, r, delta=1.0) - likelihood
-
-    return loss
+    return lambda c, r, rc, rr, lc, lr: preference.slic_loss(c, r, delta=1.0) - c / lc
 
 
 def orpo(world):
-    def loss(c, r, rc, rr, lc, lr):
-        return preference.orpo_loss(c / lc, r / lr) - c / lc
+    return lambda c, r, rc, rr, lc, lr: preference.orpo_loss(c / lc, r / lr) - c / lc
 
-    return loss
 
+def _kto(flip_rate: float):
+    return lambda world: (losses.kto(world), losses.kto_batch(world, flip_rate), None)
+
+
+MAJORITY = "only what the majority prefers"
 
 PREFERENCE = [
     Method("DPO", OPTIMUM, OPTIMUM, _trainer("dpo"), optimum, COMPARISONS),
     Method(
-        "DPO, 20% of labels flipped", "-", "nearest to flipped labels",
+        "DPO, 20% of labels flipped", NONE, "nearest to flipped labels",
         _trainer("dpo", flip_rate=FLIP_RATE),
         _minimized(library("dpo_loss"), flip_rate=FLIP_RATE), COMPARISONS,
     ),
     Method(
-        "conservative DPO, 20% flipped", "-", "flips counted twice, not undone",
+        "conservative DPO, 20% flipped", NONE, "flips counted twice, not undone",
         _trainer("dpo", flip_rate=FLIP_RATE, label_smoothing=FLIP_RATE),
         _minimized(library("dpo_loss", label_smoothing=FLIP_RATE), flip_rate=FLIP_RATE),
         COMPARISONS,
@@ -162,34 +161,36 @@ PREFERENCE = [
     ),
     Method(
         "f-DPO, forward KL", "f-divergence optimum", "ref x 4 beta / (c - r)",
-        _paired(f_dpo("forward_kl")),
+        _trainer("f_dpo", stiff, divergence="forward_kl"),
         lambda w: fixed_points.f_divergence(w, "forward_kl", stiff(w)), SLOW_COMPARISONS,
     ),
     Method(
         "f-DPO, Jensen-Shannon", "f-divergence optimum", "that at 4 beta",
-        _paired(f_dpo("jensen_shannon")),
+        _trainer("f_dpo", stiff, divergence="jensen_shannon"),
         lambda w: fixed_points.f_divergence(w, "jensen_shannon", stiff(w)), SLOW_COMPARISONS,
     ),
     Method(
-        "length-normalised DPO", "-", "ref x exp(length (r / 3 beta + c))",
-        _paired(normalized_dpo),
+        "length-normalised DPO", NONE, "ref x exp(length (r / 3 beta + c))",
+        _trainer("length_normalized_dpo", per_token),
         lambda w: fixed_points.tilted_by_length(w, w.reference), COMPARISONS,
     ),
     Method(
         "CPO (contrastive term)", "the optimum for a uniform reference", "exp(r / beta) / Z",
-        _paired(cpo), lambda w: normalized(w.reward / w.beta), COMPARISONS,
+        _trainer("cpo", sft_weight=0.0), lambda w: normalized(w.reward / w.beta), COMPARISONS,
     ),
     Method(
-        "SimPO, gamma = 0", "-", "exp(length (r / 3 beta + c))", _paired(simpo(0.0)),
+        "SimPO, gamma = 0", NONE, "exp(length (r / 3 beta + c))",
+        _trainer("simpo", per_token, gamma=0.0),
         lambda w: fixed_points.tilted_by_length(w, np.zeros_like(w.reward)), COMPARISONS,
     ),
     Method(
-        "SimPO, gamma = 1", "-", "its loss's minimum", _paired(simpo(1.0)),
+        "SimPO, gamma = 1", NONE, "its loss's minimum",
+        _trainer("simpo", per_token, gamma=1.0),
         _minimized(simpo(1.0)), COMPARISONS,
     ),
-    Method("ORPO, lambda = 1", "-", "its loss's minimum", _paired(orpo), _minimized(orpo),
+    Method("ORPO, lambda = 1", NONE, "its loss's minimum", _trainer("orpo", one), _minimized(orpo),
            COMPARISONS),
-    Method("SLiC, delta = 1, lambda = 1", "-", "its loss's minimum", _paired(slic),
+    Method("SLiC, delta = 1, lambda = 1", NONE, "its loss's minimum", _trainer("slic", one),
            _minimized(slic), COMPARISONS),
     Method("EXO, hard labels, smoothing 0.1", "the optimum (soft labels)", "its loss's minimum",
            _trainer("exo", label_smoothing=0.1),
@@ -198,13 +199,11 @@ PREFERENCE = [
            _minimized(library("nca_loss")), COMPARISONS),
     Method("SPPO, one round, hard labels", "about IPO's", "its loss's minimum", _trainer("sppo"),
            _minimized(library("sppo_loss")), COMPARISONS),
-    Method("RSO hinge", "-", "its loss's minimum", _trainer("rso_hinge"),
+    Method("RSO hinge", NONE, "its loss's minimum", _trainer("rso_hinge"),
            _minimized(library("rso_hinge_loss")), COMPARISONS),
-    Method(
-        "KTO", "-", "responses below win rate 1/2 vanish", lambda w: (
-            losses.kto(w), losses.kto_batch(w), None
-        ), fixed_points.kto, Run(steps=4000, learning_rate=1e-3),
-    ),
+    Method("KTO", MAJORITY, "responses below win rate 1/2 vanish", _kto(0.0), fixed_points.kto,
+           KTO),
+    Method("KTO, 20% flipped", MAJORITY, "the same", _kto(FLIP_RATE), fixed_points.kto, KTO),
 ]  # fmt: skip
 
 
@@ -252,7 +251,7 @@ POLICY_GRADIENT = [
            GRADIENTS),
     Method("GRPO without std, KL in the reward, per-length mean", OPTIMUM, OPTIMUM,
            _group(_unscaled, aggregation="grpo"), optimum, GRADIENTS),
-    Method("GRPO with std, KL in the reward, K = 2", "-", OPTIMUM + " (all advantages 0)",
+    Method("GRPO with std, KL in the reward, K = 2", OPTIMUM, OPTIMUM + " (all advantages 0)",
            _group(pg.grpo_advantages), optimum, Run(4000, 1e-3)),
     Method("GRPO without std, k2 in the loss, K = 2", OPTIMUM, "ref exp(Q / 2 beta) by symbol",
            _group(_unscaled, kl_estimator="k2"), _in_loss("k2", scale=False, price=1.0),
@@ -263,7 +262,8 @@ POLICY_GRADIENT = [
     Method("GRPO (paper: std, k3 in the loss), K = 2", OPTIMUM, "beta ref / (c - Q'), "
            "Q' of win minus loss rate / sqrt 2", _group(pg.grpo_advantages, kl_estimator="k3"),
            _in_loss("k3", scale=True, price=1.0), GRADIENTS),
-    Method("GRPO without std, k1 in the loss", OPTIMUM, "no penalty at all: the best response",
-           _group(_unscaled, kl_estimator="k1"), None, GRADIENTS),
+    Method("GRPO without std, k1 in the loss, K = 2", OPTIMUM,
+           "no penalty at all: the best response", _group(_unscaled, kl_estimator="k1"),
+           fixed_points.best_response, GRADIENTS),
 ]  # fmt: skip
 ALL = {method.name: method for method in PREFERENCE + POLICY_GRADIENT}

@@ -10,7 +10,14 @@ from align_jax.models.heads import ScalarModel
 from tests.exact import losses
 from tests.exact.fixed_points import cyclic_preferences
 from tests.exact.language import Array, World, kl, normalized, token_policy
-from tests.exact.training import Run, policy_of, random_transformer, train, trained
+from tests.exact.training import (
+    Run,
+    enumeration,
+    policy_of,
+    random_transformer,
+    train,
+    trained,
+)
 
 # Sets are in order of rank.
 SET_LOSSES = {
@@ -47,7 +54,7 @@ def comparison_sets(world: World, name: str):
 
 def fit_reward(world: World, name: str, *, transformer: bool, run: Run) -> Array:
     """`[P,N]` fitted rewards, shifted to the known reward's mean for each prompt."""
-    batch = losses.reward_batch(world) | comparison_sets(world, name)
+    batch = enumeration(world.language) | comparison_sets(world, name)
     if transformer:
         model = ScalarModel(random_transformer(1), key=jax.random.key(2))
     else:
@@ -100,7 +107,7 @@ def play_cycle(world: World, run: Run, *, price: float, every: int) -> tuple[Arr
 def fit_cycle(world: World, run: Run) -> Array:
     """`[N]` Bradley-Terry rewards of the cyclic preferences, all pairs equally often."""
     preferences, _ = cyclic_preferences(world)
-    batch = losses.reward_batch(world) | losses.pair_sets(world)
+    batch = enumeration(world.language) | losses.pair_sets(world)
     p, i, j = losses.all_pairs(world.language).T
     batch["weight"] = (preferences[i, j] / len(i)).astype(np.float32)
     model = losses.RewardTable(world.reward.size)

@@ -20,6 +20,7 @@ def biases():
         "PPO's first step, exact critic, lambda = 0",
         "PPO's first step, critic off by 0.5, lambda = 1",
         "k2 in the loss by response, against the KL's gradient",
+        "REINFORCE on another's samples, weighted by response",
     ],
 )
 def test_unbiased(biases, name):
@@ -53,3 +54,20 @@ def test_k1_in_the_loss_has_no_gradient_at_all(biases):
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_a_penalty_by_symbol_forgets_where_prefixes_lead(biases, estimator):
     assert biases[f"{estimator} in the loss by symbol, against the KL's gradient"] > 0.1
+
+
+@pytest.mark.parametrize("name", ["each response's", "the group's"])
+def test_means_over_symbols_point_elsewhere(biases, name):
+    name = f"RLOO, K = 2, mean over {name} symbols, after the best rescaling"
+    assert biases[name] > 0.05
+
+
+@pytest.mark.parametrize(
+    "name", ["uncorrected", "weighted by response, capped at 2", "weighted by symbol"]
+)
+def test_another_samplers_bias_goes_only_with_whole_uncapped_weights(biases, name):
+    assert biases[f"REINFORCE on another's samples, {name}"] > 0.02
+
+
+def test_the_entropy_bonus_forgets_where_prefixes_lead(biases):
+    assert biases["entropy bonus by symbol, against the responses' entropy"] > 0.05

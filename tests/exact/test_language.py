@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from align_jax.algorithms.preference import make_loss
 from align_jax.data.batching import build_batch
 from align_jax.data.chat import Example
+from align_jax.losses.preference import kto_loss
 from align_jax.losses.ranking import minimax_winner
 from tests.exact import fixed_points, losses, methods
 from tests.exact.language import (
@@ -140,6 +141,30 @@ def _minimum(world, name):
 )
 def test_the_closed_form_is_the_minimiser_of_the_expected_loss(world, name, law):
     assert kl(law(world), _minimum(world, name)).max() < 1e-4
+
+
+def test_ktos_law_is_where_the_gradient_of_its_loss_vanishes(world):
+    """Of the majority's responses; what the others say goes down."""
+    law = fixed_points.kto(world)
+    wins = bradley_terry(world.reward).mean(-1)
+    with jax.enable_x64(True):
+
+        def expected(logits):
+            log_probs = jax.nn.log_softmax(logits, -1)
+            reference = jnp.asarray(world.reference)
+            point = (jnp.exp(log_probs) * (log_probs - reference)).sum(-1, keepdims=True)
+            yes, no = (
+                kto_loss(log_probs, reference, jnp.full(law.shape, label),
+                         jnp.broadcast_to(point, law.shape), beta=world.beta)
+                for label in (True, False)
+            )  # fmt: skip
+            return (wins * yes + (1 - wins) * no).sum()
+
+        gradient = jax.grad(expected)(jnp.maximum(jnp.asarray(law), -100.0))
+    kept = wins > 0.5
+    np.testing.assert_array_equal(np.isfinite(law), kept)
+    np.testing.assert_allclose(gradient[kept], 0, atol=1e-10)
+    assert (np.asarray(gradient)[~kept] > 0).all()
 
 
 def test_an_f_divergence_optimum_has_no_better_neighbour(world):

@@ -12,8 +12,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from align_jax.distributed.mesh import make_mesh
 from align_jax.models import export
-from align_jax.models.interchange import ModelError, load_model, load_tokenizer, save_model
+from align_jax.models.interchange import (
+    ModelError,
+    abstract_model,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 NAMES = ["llama_tiny", "llama_untied", "llama3_rope", "mistral_tiny", "gpt2_tiny"]
@@ -42,6 +49,25 @@ def test_round_trip_is_bitwise(name, dtype, tokenizer, tmp_path):
     save_model(model, tokenizer, tmp_path / "out")
     assert_bitwise_equal(load_model(tmp_path / "out", dtype=dtype), model)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize("name", ["tiny:gpt2", *NAMES])
+def test_an_abstract_model_has_the_shapes_of_the_loaded_one_and_reads_no_weights(name, tmp_path):
+    path = name
+    if name in NAMES:
+        path = tmp_path / name
+        path.mkdir()
+        shutil.copy(GOLDENS / name / "config.json", path)
+    mesh = make_mesh()
+    abstract = abstract_model(path, mesh=mesh, compute_dtype="bfloat16", remat="full")
+    loaded = load_model(
+        GOLDENS / name if name in NAMES else name, mesh=mesh, compute_dtype="bfloat16", remat="full"
+    )
+    assert abstract.config == loaded.config
+    assert jax.tree.structure(abstract) == jax.tree.structure(loaded)
+    for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(loaded), strict=True):
+        assert isinstance(a, jax.ShapeDtypeStruct)
+        assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
 
 
 @pytest.mark.parametrize("name", NAMES)
