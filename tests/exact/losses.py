@@ -10,10 +10,12 @@ from jax.lax import stop_gradient
 from ml_collections import ConfigDict
 
 from align_jax import losses
-from align_jax.algorithms import preference
+from align_jax.algorithms import policy_objective, preference
+from align_jax.algorithms.policy_gradient import default_policy_gradient_config
 from align_jax.losses import policy_gradient as pg
 from align_jax.models.heads import ScalarModel, response_scores
 from align_jax.models.transformer import Transformer
+from align_jax.training.offline import default_data_config
 from align_jax.training.scoring import target_log_probs
 from align_jax.training.step import Batch, LossFunction, LossSums
 from tests.exact.fixed_points import label_weights, win_rates
@@ -91,30 +93,83 @@ def token_log_probs(world: World, policy: np.ndarray) -> np.ndarray:
     return np.where(mask, tokens, 0.0).reshape(-1, mask.shape[1]).astype(np.float32)
 
 
-def reinforce(model: Transformer, batch: Batch) -> LossSums:
-    """E_pi of REINFORCE with the KL in the reward: reward to go, every symbol its own advantage."""
-    log_probs, _ = target_log_probs(model, batch)
+def policy_config(world: World, **fields) -> ConfigDict:
+    """A config of `algorithms.policy_gradient`: sums over a response unless `fields` say else."""
+    config = default_policy_gradient_config()
+    config.data = default_data_config()
+    config.sampling.max_new_tokens = world.language.max_length
+    config.update(aggregation="sum", critic="none", whiten_advantages=False)
+    for name, value in fields.items():
+        (config.kl if name in config.kl else config)[name] = value
+    return config
+
+
+def objective(config: ConfigDict):
+    """The trainer's own loss under an exact expectation: `(model, batch, law, more) -> LossSums`.
+
+    `law` `[P N]` is the probability of each response, hence its weight; `more` has what the loss
+    reads: `advantages`, `[P N, max_length]`, and `old_log_probs` where they are not the model's.
+    """
+    loss = policy_objective.make_loss(config)
+
+    def loss_sums(model: Transformer, batch: Batch, law: jax.Array, more: Batch) -> LossSums:
+        mask = batch["target_mask"]
+        # The mean over responses that are all there once becomes their expectation.
+        weights = policy_objective.token_weights(config, mask) * mask.shape[0] * law[:, None]
+        zeros = jnp.zeros(mask.shape[0])
+        made = {
+            "mask": mask,
+            "old_log_probs": jnp.zeros_like(mask),
+            "ref_log_probs": batch["reference"],
+            "weights": weights,
+            "mean_weights": weights,
+            "on_policy": zeros if "old_log_probs" in more else zeros + 1,
+        }
+        return mean(loss(policy_objective.Agent(model, None), batch | made | more).loss)
+
+    return loss_sums
+
+
+def on_policy(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The model's log-probabilities `[P N, max_length]` and law `[P N]`, as constants."""
     mask = batch["target_mask"]
-    rewards = pg.kl_shaped_rewards(
-        batch["reward"],
-        stop_gradient(log_probs),
-        batch["reference"],
-        mask,
-        kl_coefficient=batch["kl_coefficient"][0],
-    )
-    returns, _ = pg.gae(rewards, jnp.zeros_like(rewards), mask, lambda_=1.0)
-    total = losses.log_probs.sequence_log_probs(log_probs, mask)
-    token_losses = jnp.where(mask > 0, pg.reinforce_loss(log_probs, returns), 0.0)
-    return mean(stop_gradient(jnp.exp(total)) * token_losses.sum(-1))
+    log_probs, _ = target_log_probs(model, batch)
+    log_probs = stop_gradient(jnp.where(mask > 0, log_probs, 0.0))
+    return log_probs, jnp.exp(log_probs.sum(-1))
 
 
-def ppo(model: Transformer, batch: Batch) -> LossSums:
+def reinforce(world: World) -> LossFunction:
+    """E_pi of REINFORCE with the KL in the reward, against a baseline of 0."""
+    config = policy_config(world, loss="reinforce", advantage="moving_baseline")
+    expected = objective(config)
+
+    def loss_sums(model: Transformer, batch: Batch) -> LossSums:
+        log_probs, law = on_policy(model, batch)
+        made = policy_objective.advantages_of(
+            config,
+            batch["reward"],
+            log_probs,
+            batch["reference"],
+            batch["target_mask"],
+            None,
+            batch["kl_coefficient"][0],
+            jnp.float32(0.0),
+        )
+        return expected(model, batch, law, {"advantages": made["advantages"]})
+
+    return loss_sums
+
+
+def ppo(world: World) -> LossFunction:
     """E under the old policy of PPO's clipped loss; `ppo_refresh` renews what is old."""
-    log_probs, _ = target_log_probs(model, batch)
-    mask = batch["target_mask"]
-    token_losses = pg.ppo_clip_loss(log_probs, batch["old_log_probs"], batch["advantages"])
-    weight = jnp.exp(losses.log_probs.sequence_log_probs(batch["old_log_probs"], mask))
-    return mean(weight * jnp.where(mask > 0, token_losses, 0.0).sum(-1))
+    expected = objective(policy_config(world, loss="ppo"))
+
+    def loss_sums(model: Transformer, batch: Batch) -> LossSums:
+        old = batch["old_log_probs"]
+        more = {"old_log_probs": old, "advantages": batch["advantages"]}
+        return expected(model, batch, jnp.exp(old.sum(-1)), more)
+
+    return loss_sums
 
 
 def ppo_refresh(world: World, every: int, *, lambda_: float = 0.95):
@@ -127,10 +182,14 @@ def ppo_refresh(world: World, every: int, *, lambda_: float = 0.95):
     reference = token_log_probs(world, world.reference)
     score = world.reward.ravel().astype(np.float32)
 
+    config = policy_config(world, advantage="gae", lambda_=lambda_)
+
     @jax.jit
     def estimate(old, values):
-        rewards = pg.kl_shaped_rewards(score, old, reference, flat_mask, kl_coefficient=world.beta)
-        return pg.gae(rewards, values, flat_mask, lambda_=lambda_)[0]
+        made = policy_objective.advantages_of(
+            config, score, old, reference, flat_mask, values, world.beta, jnp.nan
+        )
+        return made["advantages"]
 
     def refresh(step: int, model: Transformer):
         if step % every:
@@ -155,43 +214,38 @@ def exact_values(world: World, policy: np.ndarray) -> np.ndarray:
     return np.where(mask, state + np.cumsum(spent, -1) - spent, 0.0)
 
 
-def group_of_two(
-    world: World,
-    advantage,
-    *,
-    kl_estimator: str | None = None,
-    aggregation: str = "dr_grpo",
-) -> LossFunction:
+def group_of_two(world: World, **fields) -> LossFunction:
     """E over groups of two completions, all N^2 of them, of a group-relative loss.
 
-    `advantage` maps rewards `[...,2]` to advantages. The KL is in the reward, or with
-    `kl_estimator` in the loss, token by token.
+    `fields` are the trainer's: `advantage`, `scale_rewards`, `aggregation`, `placement` and
+    `estimator` of the KL.
     """
-    shape = world.reward.shape
-    max_length = world.language.max_length
+    config = policy_config(world, **fields)
+    config.sampling.samples = 2
+    expected = objective(config)
+    prompts, n = world.reward.shape
+    first, second = np.indices((n, n)).reshape(2, -1)
+    pairs = np.stack([first, second], 1).ravel()
+    rows = (np.arange(prompts)[:, None] * n + pairs).ravel()
 
     def loss_sums(model: Transformer, batch: Batch) -> LossSums:
-        log_probs, _ = target_log_probs(model, batch)
+        log_probs, law = on_policy(model, batch)
         mask = batch["target_mask"]
-        total = losses.log_probs.sequence_log_probs(log_probs, mask)
-        weight = stop_gradient(jnp.exp(total)).reshape(shape)
-        rewards = batch["reward"].reshape(shape)
-        if kl_estimator is None:
-            ratio = stop_gradient(total) - batch["sequence_reference"]
-            rewards = rewards - world.beta * ratio.reshape(shape)
-        groups = jnp.stack(jnp.broadcast_arrays(rewards[:, :, None], rewards[:, None, :]), -1)
+        made = policy_objective.advantages_of(
+            config,
+            batch["reward"][rows],
+            log_probs[rows],
+            batch["reference"][rows],
+            mask[rows],
+            None,
+            batch["kl_coefficient"][0],
+            jnp.float32(jnp.nan),
+        )
         # Both places of a group have the same law: the mean over the first one's partner.
-        advantages = (advantage(groups)[..., 0] * weight[:, None, :]).sum(-1)
-        token_losses = pg.ppo_clip_loss(
-            log_probs, stop_gradient(log_probs), advantages.reshape(-1, 1)
-        )
-        if kl_estimator is not None:
-            penalty = pg.kl_estimate(log_probs, batch["reference"], estimator=kl_estimator)
-            token_losses = token_losses + world.beta * penalty
-        per_sequence = pg.aggregate_token_losses(
-            token_losses, mask, method=aggregation, max_length=max_length
-        )
-        return mean(weight.ravel() * per_sequence)
+        of_first = made["advantages"].reshape(prompts, n, n, 2, -1)[:, :, :, 0]
+        advantages = jnp.einsum("pijt,pj->pit", of_first, law.reshape(prompts, n))
+        more = {"advantages": advantages.reshape(mask.shape)}
+        return expected(model, batch, law, more)
 
     return loss_sums
 

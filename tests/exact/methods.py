@@ -3,10 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
-from align_jax.losses import policy_gradient as pg
 from align_jax.losses import preference
 from align_jax.models.transformer import Transformer
 from align_jax.training.step import Batch, LossFunction
@@ -207,20 +205,20 @@ PREFERENCE = [
 ]  # fmt: skip
 
 
-def _gradient(loss):
-    return lambda world: (loss, losses.policy_batch(world), None)
+def _reinforce(world: World):
+    return losses.reinforce(world), losses.policy_batch(world), None
 
 
-def _group(advantage, **options):
+def _group(advantage: str, **fields):
     return lambda world: (
-        losses.group_of_two(world, advantage, **options),
+        losses.group_of_two(world, advantage=advantage, **fields),
         losses.policy_batch(world),
         None,
     )
 
 
-def _unscaled(rewards: jax.Array) -> jax.Array:
-    return pg.grpo_advantages(rewards, scale=False)
+def _in_the_loss(estimator: str, **fields):
+    return _group("grpo", placement="loss", estimator=estimator, **fields)
 
 
 def _ppo(every: int):
@@ -228,7 +226,7 @@ def _ppo(every: int):
         # Renewed before the first step: of the right shapes is enough.
         batch = losses.policy_batch(world)
         empty = {"old_log_probs": batch["reference"], "advantages": batch["reference"]}
-        return losses.ppo, batch | empty, losses.ppo_refresh(world, every)
+        return losses.ppo(world), batch | empty, losses.ppo_refresh(world, every)
 
     return build
 
@@ -243,27 +241,27 @@ def _in_loss(estimator: str, *, scale: bool, price: float):
 
 
 POLICY_GRADIENT = [
-    Method("REINFORCE", OPTIMUM, OPTIMUM, _gradient(losses.reinforce), optimum, GRADIENTS),
-    Method("RLOO, K = 2", OPTIMUM, OPTIMUM, _group(pg.rloo_advantages), optimum, GRADIENTS),
+    Method("REINFORCE", OPTIMUM, OPTIMUM, _reinforce, optimum, GRADIENTS),
+    Method("RLOO, K = 2", OPTIMUM, OPTIMUM, _group("rloo", loss="reinforce"), optimum, GRADIENTS),
     Method("PPO, 4 epochs, exact critic, GAE 0.95", OPTIMUM, OPTIMUM, _ppo(4), optimum,
            Run(1200, 1e-3)),
-    Method("GRPO without std, KL in the reward", OPTIMUM, OPTIMUM, _group(_unscaled), optimum,
-           GRADIENTS),
+    Method("GRPO without std, KL in the reward", OPTIMUM, OPTIMUM,
+           _group("grpo", scale_rewards=False), optimum, GRADIENTS),
     Method("GRPO without std, KL in the reward, per-length mean", OPTIMUM, OPTIMUM,
-           _group(_unscaled, aggregation="grpo"), optimum, GRADIENTS),
+           _group("grpo", scale_rewards=False, aggregation="grpo"), optimum, GRADIENTS),
     Method("GRPO with std, KL in the reward, K = 2", OPTIMUM, OPTIMUM + " (all advantages 0)",
-           _group(pg.grpo_advantages), optimum, Run(4000, 1e-3)),
+           _group("grpo"), optimum, Run(4000, 1e-3)),
     Method("GRPO without std, k2 in the loss, K = 2", OPTIMUM, "ref exp(Q / 2 beta) by symbol",
-           _group(_unscaled, kl_estimator="k2"), _in_loss("k2", scale=False, price=1.0),
+           _in_the_loss("k2", scale_rewards=False), _in_loss("k2", scale=False, price=1.0),
            GRADIENTS),
     Method("GRPO without std, k3 in the loss, K = 2", OPTIMUM, "2 beta ref / (c - Q) by symbol",
-           _group(_unscaled, kl_estimator="k3"), _in_loss("k3", scale=False, price=1.0),
+           _in_the_loss("k3", scale_rewards=False), _in_loss("k3", scale=False, price=1.0),
            GRADIENTS),
     Method("GRPO (paper: std, k3 in the loss), K = 2", OPTIMUM, "beta ref / (c - Q'), "
-           "Q' of win minus loss rate / sqrt 2", _group(pg.grpo_advantages, kl_estimator="k3"),
+           "Q' of win minus loss rate / sqrt 2", _in_the_loss("k3"),
            _in_loss("k3", scale=True, price=1.0), GRADIENTS),
     Method("GRPO without std, k1 in the loss, K = 2", OPTIMUM,
-           "no penalty at all: the best response", _group(_unscaled, kl_estimator="k1"),
+           "no penalty at all: the best response", _in_the_loss("k1", scale_rewards=False),
            fixed_points.best_response, GRADIENTS),
 ]  # fmt: skip
 ALL = {method.name: method for method in PREFERENCE + POLICY_GRADIENT}

@@ -128,6 +128,6 @@ def hold_kl(world: World, target: float, run: Run) -> tuple[float, float, Array]
         return {"kl_coefficient": jnp.array([coefficient], jnp.float32)}
 
     batch = losses.policy_batch(world)
-    model = trained(losses.reinforce, random_transformer(0), batch, run, refresh)
+    model = trained(losses.reinforce(world), random_transformer(0), batch, run, refresh)
     policy = policy_of(model, world.language)
     return float(kl(policy, world.reference).mean()), coefficient, policy

@@ -188,9 +188,10 @@ pi* = ref exp(r / beta) / Z is known, and the reference is {far} nats from it (i
 as all distances here).
 
 A Transformer starts from the reference and is trained by the project's own train step
-(`training.step`), on comparisons with the project's own losses of pairs
-(`algorithms.preference.make_loss`). Batches are exact expectations: all pairs, equally often, with
-the probabilities of their Bradley-Terry labels, or all responses with their probabilities. Three
+(`training.step`) on the trainers' own losses (`algorithms.preference.make_loss`, and
+`advantages_of` and `make_loss` of `algorithms.policy_objective`): the code that trains SmolLM2.
+Batches are exact expectations: all pairs, equally often, with the probabilities of their
+Bradley-Terry labels, or all responses (or groups of them) with their probabilities. Three
 distances: `limit to policy` is KL(limit || trained policy), whether the method reaches its limit;
 `optimum to limit` is KL(pi* || limit), whether its limit is the optimum; `optimum to policy` is
 KL(pi* || trained policy). Limits without a formula are minimised apart from the training, by

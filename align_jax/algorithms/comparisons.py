@@ -1,0 +1,134 @@
+"""Comparisons for a reward model: from records to examples with ranks and margins, and to pairs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from align_jax.data.chat import Example
+from align_jax.training import offline
+from align_jax.training.errors import RunError
+
+# Margins by preference strength (Touvron et al. 2023, appendix A.3.3, table 27): significantly
+# better, better, slightly better, negligibly better or unsure.
+MARGINS = {
+    "llama2_small": {"3": 1.0, "2": 2 / 3, "1": 1 / 3, "0": 0.0},
+    "llama2_large": {"3": 3.0, "2": 2.0, "1": 1.0, "0": 0.0},
+}
+
+
+def load_comparisons(config: ConfigDict, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and to evaluate on, as of `prepare`.
+
+    Raises:
+      RunError: more records held out than there are; see `prepare`.
+    """
+    examples = load_source(config, config.data.source, tokenizer)
+    kept = len(examples) - config.held_out
+    if not 0 < kept <= len(examples):
+        raise RunError(
+            f"config.held_out is {config.held_out}, and config.data.source has {len(examples)} "
+            "records."
+        )
+    held_out = examples[kept:]
+    if config.data.eval_source:
+        held_out = load_source(config, config.data.eval_source, tokenizer)
+    prepared = prepare(config, held_out, margins=False) if held_out else []
+    return prepare(config, examples[:kept]), prepared
+
+
+def load_source(config: ConfigDict, source: str, tokenizer: Any) -> list[Example]:
+    """The examples of one source, not yet as of `prepare`."""
+    kind = "preference" if config.loss == "pairwise" else "ranked"
+    return offline.load_examples(config.data, source, tokenizer, kind=kind)
+
+
+def prepare(
+    config: ConfigDict, examples: Sequence[Example], *, margins: bool = True
+) -> list[Example]:
+    """Checks ranks and margins; gives every example the same number of responses.
+
+    Empty responses fill up what is missing, with rank nan: all batches of one length then have one
+    shape, whatever K its records have. `extras` gets `ranks` `[K]` and `margin`,
+    which is 0 without `margins`: an evaluation has no use for it.
+
+    Raises:
+      RunError: best_of_k without exactly one best response; a strength without a margin; not one
+        record with a response better than another.
+    """
+    most = max(len(example.responses) for example in examples)
+    out = []
+    for example in examples:
+        missing = most - len(example.responses)
+        ranks = np.array(example.extras.get("ranks", (0, 1)), np.float32)
+        if config.loss == "best_of_k":
+            best = int((ranks == 0).sum())
+            if best != 1:
+                raise RunError(
+                    f"{example.extras['where']}: {best} completions have rank 0; the loss "
+                    "best_of_k needs exactly one."
+                )
+            ranks = (ranks > 0).astype(np.float32)
+        extras = example.extras | {
+            "ranks": np.append(ranks, np.full(missing, np.nan, np.float32)),
+            "margin": _margin(config, example) if margins else 0.0,
+        }
+        empty = (np.zeros(0, np.int32),) * missing
+        out.append(
+            dataclasses.replace(
+                example,
+                responses=example.responses + empty,
+                response_masks=example.response_masks + (np.zeros(0, np.float32),) * missing,
+                extras=extras,
+            )
+        )
+    if not any(np.nanmax(e.extras["ranks"]) > np.nanmin(e.extras["ranks"]) for e in out):
+        raise RunError(
+            f"all {len(out)} records rank all of their completions alike, which says nothing."
+        )
+    return out
+
+
+def _margin(config: ConfigDict, example: Example) -> float:
+    if not config.margins:
+        return example.extras.get("margin", 0.0)
+    table = config.margins
+    if isinstance(table, str):
+        if table not in MARGINS:
+            raise RunError(f"config.margins is {table!r}; expected one of {', '.join(MARGINS)}.")
+        table = MARGINS[table]
+    where, strength = example.extras["where"], example.extras.get("strength")
+    if strength is None:
+        raise RunError(f"{where}: no 'strength', which config.margins turns into a margin.")
+    if strength_name(strength) not in table:
+        raise RunError(
+            f"{where}: strength {strength!r} is not in config.margins; it has {', '.join(table)}."
+        )
+    return float(table[strength_name(strength)])
+
+
+def strength_name(strength: str | float) -> str:
+    """A strength as tables and reports name it: 3.0 is "3"."""
+    return strength if isinstance(strength, str) else f"{strength:g}"
+
+
+def attach(example: Example) -> dict[str, np.ndarray]:
+    """What of an example of `prepare` travels with its batch."""
+    margin = np.array([example.extras["margin"]], np.float32)
+    return {"ranks": example.extras["ranks"], "margin": margin}
+
+
+def pairs_of(examples: Sequence[Example], scores: np.ndarray) -> dict[str, Any]:
+    """Every pair that the ranks order, of scores `[examples, K]`: arguments of `calibrate`."""
+    pairs: dict[str, list] = {"chosen": [], "rejected": [], "groups": [], "strengths": []}
+    for example, row in zip(examples, scores, strict=True):
+        ranks = example.extras["ranks"]
+        for i, j in np.argwhere(ranks[:, None] < ranks[None, :]):
+            pairs["chosen"].append(row[i])
+            pairs["rejected"].append(row[j])
+            pairs["groups"].append(example.prompt.tobytes().hex())
+            strength = example.extras.get("strength")
+            pairs["strengths"].append(None if strength is None else strength_name(strength))
+    return pairs

@@ -1,0 +1,293 @@
+"""Reward models: a scalar head on a language model, fitted to comparisons.
+
+A response is scored at its last token, EOS included. `config.loss` says what a comparison is:
+
+    pairwise        one response beats another; Bradley-Terry, perhaps with a margin
+                    Ouyang et al. 2022 (arXiv:2203.02155) eq. 1; Touvron et al. 2023
+                    (arXiv:2307.09288) eq. 2
+    best_of_k       one of K is the best           Ziegler et al. 2019 (arXiv:1909.08593) eq. 1
+    all_pairs       K are ranked: the mean over their pairs               Ouyang et al. 2022 eq. 1
+    plackett_luce   K are ranked: the likelihood of the whole order       Zhu et al. 2023
+
+A record is one row of the batch: its prompt is computed once, its K responses stand side by side,
+and its pairs, which are anything but independent, are never split over batches.
+
+The comparisons leave the zero and the unit of a reward free. `config.normalization` fixes them
+afterwards on texts of a reference policy, and the result is stored with the model.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from align_jax.algorithms import reward_normalization
+from align_jax.algorithms.comparisons import (
+    attach,
+    load_comparisons,
+    load_source,
+    pairs_of,
+    prepare,
+)
+from align_jax.data.chat import Example
+from align_jax.distributed.partitioning import replicated
+from align_jax.evaluation.calibration import accuracy, calibrate
+from align_jax.evaluation.calibration_report import format_calibration, write_calibration_report
+from align_jax.losses import ranking
+from align_jax.models.heads import (
+    RewardScale,
+    ScalarModel,
+    response_scores,
+    without_unembedding,
+)
+from align_jax.models.interchange import load_reward_model, save_reward_model
+from align_jax.rewards.model import DIRECTORY, RewardModel, member_directories
+from align_jax.training import offline
+from align_jax.training.errors import RunError
+from align_jax.training.metrics import progress, read_metrics
+from align_jax.training.step import Batch, LossFunction, LossSums, place_batch
+from align_jax.training.workdir import Workdir, write_json
+
+LOSSES = ("pairwise", "best_of_k", "all_pairs", "plackett_luce")
+
+_DETAILS = ("reliability", "by_difference", "by_strength", "rewards")
+
+# Stands for minus infinity where a record has fewer responses than another: exp of it is 0, and
+# differences of it are 0 and not nan.
+_LOWEST = -1e30
+
+
+def default_reward_model_config() -> ConfigDict:
+    """The fields of a reward model's config beside `data`, `optimizer` and those of every run."""
+    return ConfigDict(
+        {
+            "algorithm": "reward_model",
+            "loss": "pairwise",
+            # {strength: margin}, a name of comparisons.MARGINS, or "": the records' own `margin`.
+            "margins": "",
+            "label_smoothing": 0.0,
+            "center_coefficient": 0.0,
+            "ensemble": 1,  # members, each with its own head and order of the data
+            "held_out": 0,  # this many of the last records of data.source are for evaluation only
+            "normalization": {
+                "kind": "none",  # | "mean_std" (Ziegler: 0 and 1) | "mean" (Stiennon: 0)
+                "source": "",  # of reference texts, or of prompts that `policy` continues
+                "policy": "",  # "": the source has completions
+                "limit": 256,
+                "max_new_tokens": 64,
+            },
+        }
+    )
+
+
+def make_loss(config: ConfigDict) -> LossFunction:
+    """The loss of a batch of records under `config.loss`, summed over records.
+
+    The batch holds `margin` `[B]` and, in the order of the responses, `ranks` `[B K]` float32: nan
+    where a record has fewer than K responses. Metrics are means over the pairs of a record that
+    its ranks order (for best_of_k: the best and each other one).
+
+    Raises:
+      RunError: an unknown loss, or options that are another loss's.
+    """
+    if config.loss not in LOSSES:
+        raise RunError(f"config.loss is {config.loss!r}; expected one of {', '.join(LOSSES)}.")
+    if config.loss != "pairwise":
+        for name in ("margins", "label_smoothing", "center_coefficient"):
+            if config[name]:
+                raise RunError(f"config.{name} is for config.loss = 'pairwise' only.")
+
+    def loss_sums(model: ScalarModel, batch: Batch) -> LossSums:
+        count = batch["margin"].shape[0]
+        scores = response_scores(model, batch).reshape(count, -1)
+        ranks = batch["ranks"].reshape(count, -1)
+        better = ranks[:, :, None] < ranks[:, None, :]  # false wherever a rank is nan
+        pairs = better.sum((1, 2))
+        values = _losses(config, scores, ranks, batch["margin"])
+        # A record whose responses all tie says nothing.
+        weight = (pairs > 0).astype(jnp.float32)
+        share = better / jnp.maximum(pairs, 1)[:, None, None]
+        first, second = scores[:, :, None], scores[:, None, :]
+        right = (first > second) + 0.5 * (first == second)
+        metrics = {
+            "rewards/chosen": first,
+            "rewards/rejected": second,
+            "rewards/margins": first - second,
+            "rewards/accuracies": right,
+        }
+        sums = {name: (share * value).sum() for name, value in metrics.items()}
+        return LossSums((weight * values).sum(), weight.sum(), sums)
+
+    return loss_sums
+
+
+def _losses(config: ConfigDict, scores, ranks, margin):
+    """`[B]` nats from scores and ranks `[B,K]`."""
+    if config.loss == "pairwise":
+        return ranking.bradley_terry_loss(
+            scores[:, 0],
+            scores[:, 1],
+            margin=margin,
+            label_smoothing=config.label_smoothing,
+            center_coefficient=config.center_coefficient,
+        )
+    if config.loss == "all_pairs":
+        return ranking.all_pairs_loss(scores, ranks)
+    # A response that is not there comes last and has no weight among those that are.
+    present = ~jnp.isnan(ranks)
+    scores = jnp.where(present, scores, _LOWEST)
+    ranks = jnp.where(present, ranks, jnp.inf)
+    if config.loss == "plackett_luce":
+        return ranking.plackett_luce_loss(scores, ranks)
+    return ranking.best_of_k_loss(scores, jnp.argmin(ranks, axis=1))
+
+
+def score_examples(
+    model: ScalarModel, mesh: Mesh, examples: Sequence[Example], data: ConfigDict
+) -> np.ndarray:
+    """Every response's scalar `[examples, K]`, before gain and bias; examples as of `prepare`."""
+    collate = offline.make_collate(ConfigDict(data.to_dict() | {"accumulation": 1}))
+    responses = len(examples[0].responses)
+    order = np.argsort([len(e.prompt) + sum(map(len, e.responses)) for e in examples])
+    out = np.zeros((len(examples), responses), np.float64)
+    run = jax.jit(response_scores, out_shardings=replicated(mesh))
+    with (
+        jax.set_mesh(mesh),
+        progress(description="scoring", total=len(examples), unit="record") as bar,
+    ):
+        for start in range(0, len(examples), data.batch_size):
+            chosen = order[start : start + data.batch_size]
+            batch = place_batch(collate([examples[i] for i in chosen]), mesh, accumulated=False)
+            out[chosen] = np.asarray(run(model, batch)).reshape(len(chosen), responses)
+            bar.update(len(chosen))
+    return out
+
+
+def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """Trains every member, sets its zero and unit, saves all as one; returns the summary."""
+    make_loss(config)
+    reward_normalization.check(config)
+    if config.ensemble < 1:
+        raise RunError(f"config.ensemble is {config.ensemble}; expected at least 1.")
+    tokenizer = offline.load_pretrained_tokenizer(config.model)
+    examples, held_out = load_comparisons(config, tokenizer)
+    mesh = offline.open_mesh(config)
+    reference = None
+    if config.normalization.kind != "none":
+        reference = reward_normalization.reference_texts(config, workdir, mesh)
+    folder = workdir.path / DIRECTORY
+    scalars = []
+    if not folder.exists():
+        # What a run killed while saving left behind is incomplete.
+        partial = workdir.path / f".{DIRECTORY}"
+        shutil.rmtree(partial, ignore_errors=True)
+        for member in range(config.ensemble):
+            model = train_member(config, workdir, member, examples)
+            scale = RewardScale(max_length=config.data.max_length)
+            if reference is not None:
+                raw = RewardModel([(model, scale)], tokenizer, mesh=mesh).member_scores(*reference)
+                scale = reward_normalization.scale_from(config, raw[0], config.data.max_length)
+            if held_out:
+                scalars.append(score_examples(model, mesh, held_out, config.data))
+            target = partial / str(member) if config.ensemble > 1 else partial
+            if jax.process_index() == 0:
+                save_reward_model(model, tokenizer, target, scale=scale)
+            del model
+        if jax.process_index() == 0:
+            if config.ensemble > 1:
+                members = [str(member) for member in range(config.ensemble)]
+                write_json(partial / "reward.json", {"members": members})
+            os.replace(partial, folder)
+    elif held_out:
+        scalars = _saved_scalars(config, folder, mesh, held_out)
+    return _report(config, workdir, held_out, scalars) if held_out else {}
+
+
+def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """Accuracy and calibration of a finished run's model on `data.eval_source` or `held_out`."""
+    tokenizer = offline.load_pretrained_tokenizer(config.model)
+    if config.data.eval_source:  # the data it was trained on may be gone
+        held_out = load_source(config, config.data.eval_source, tokenizer)
+        held_out = prepare(config, held_out, margins=False)
+    else:
+        held_out = load_comparisons(config, tokenizer)[1]
+    mesh = offline.open_mesh(config)
+    scalars = _saved_scalars(config, workdir.path, mesh, held_out)
+    return _report(config, workdir, held_out, scalars)
+
+
+def train_member(
+    config: ConfigDict, workdir: Workdir, member: int, examples: Sequence[Example]
+) -> ScalarModel:
+    """One trained model; the members differ by the head they start with and the data's order."""
+    settings = config.copy_and_resolve_references()
+    # No seed of one ensemble is one of another's.
+    settings.seed = config.seed * config.ensemble + member
+    directory = workdir.path
+    description = config.loss
+    if config.ensemble > 1:
+        directory = directory / "members" / str(member)
+        directory.mkdir(parents=True, exist_ok=True)
+        description = f"{config.loss} {member + 1}/{config.ensemble}"
+    transformer, mesh = offline.open_model(settings)
+    transformer = without_unembedding(transformer)
+    model = ScalarModel(transformer, key=jax.random.key(settings.seed))
+    return offline.train(
+        settings,
+        directory,
+        model,
+        mesh,
+        examples,
+        make_loss(settings),
+        attach=attach,
+        description=description,
+    )
+
+
+def _saved_scalars(
+    config: ConfigDict, path: Path, mesh: Mesh, examples: Sequence[Example]
+) -> list[np.ndarray]:
+    scalars = []
+    for folder in member_directories(path):
+        model, _ = load_reward_model(folder, mesh=mesh, compute_dtype=config.compute_dtype)
+        scalars.append(score_examples(model, mesh, examples, config.data))
+    return scalars
+
+
+def _report(
+    config: ConfigDict,
+    workdir: Workdir,
+    examples: Sequence[Example],
+    scalars: Sequence[np.ndarray],
+) -> dict[str, Any]:
+    """Accuracy and calibration of the mean of the members' scalars, written to `report/`."""
+    pairs = pairs_of(examples, np.mean(scalars, axis=0))
+    summary = calibrate(**pairs)
+    if len(scalars) > 1:
+        members = [pairs_of(examples, one) for one in scalars]
+        differences = [np.subtract(one["chosen"], one["rejected"]) for one in members]
+        summary["ensemble"] = {
+            "accuracy": [accuracy(one["chosen"], one["rejected"]) for one in members],
+            # Of differences: the zero of each member's scalars is its own.
+            "disagreement": float(np.std(differences, axis=0).mean()),
+        }
+    source = config.data.eval_source or f"{config.data.source}, the last {config.held_out}"
+    print(format_calibration(summary))
+    page = write_calibration_report(
+        workdir.path / "report",
+        title=f"Reward model ({config.loss}) on {config.model}",
+        summary=summary | {"data": source, "config": config.to_dict()},
+        curves=read_metrics(workdir.path) if len(scalars) == 1 else (),
+        chosen=np.array(pairs["chosen"]),
+        rejected=np.array(pairs["rejected"]),
+    )
+    print(f"Report: {page}")
+    # The rows of the report's curves are in its summary.json.
+    return {"eval": {k: v for k, v in summary.items() if k not in _DETAILS}}

@@ -1,0 +1,111 @@
+"""The zero and the unit of a trained reward: gain and bias from texts of a reference policy."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from align_jax.data.chat import encode_records
+from align_jax.data.formats import Record
+from align_jax.data.sources import load_records
+from align_jax.models.heads import RewardScale
+from align_jax.training import offline
+from align_jax.training.errors import RunError
+from align_jax.training.metrics import progress
+from align_jax.training.online import default_sampling_config, roll_out
+from align_jax.training.workdir import Workdir, write_file
+
+KINDS = ("none", "mean_std", "mean")
+
+BATCH = 32  # prompts continued together
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `RunError` for a `config.normalization` that cannot be done."""
+    n = config.normalization
+    if n.kind not in KINDS:
+        raise RunError(
+            f"config.normalization.kind is {n.kind!r}; expected one of {', '.join(KINDS)}."
+        )
+    if n.kind != "none" and not n.source:
+        raise RunError(
+            f"config.normalization.kind = {n.kind!r} needs config.normalization.source: records "
+            "with prompt and completion, or prompts that config.normalization.policy continues."
+        )
+
+
+def reference_texts(
+    config: ConfigDict, workdir: Workdir, mesh: Mesh
+) -> tuple[list[Record], list[str]]:
+    """Prompts' records and the completions that set the zero and the unit.
+
+    They are read from `normalization.source`, or sampled once by `normalization.policy` at
+    temperature 1 and kept in `samples/reference.jsonl`.
+
+    Raises:
+      RunError: a record without prompt and completion.
+    """
+    n = config.normalization
+    source, limit = n.source, n.limit or None
+    if n.policy:
+        file = workdir.path / "samples" / "reference.jsonl"
+        if not file.exists():
+            records = load_records(source, kind="prompt", limit=limit)
+            texts = _sample(config, records, mesh)
+            lines = [
+                json.dumps({"prompt": record["prompt"], "completion": text}) + "\n"
+                for record, text in zip(records, texts, strict=True)
+            ]
+            file.parent.mkdir(exist_ok=True)
+            write_file(file, "".join(lines).encode("utf-8"))
+        source = str(file)
+    records = load_records(source, kind="sft", limit=limit)
+    for record in records:
+        if "completion" not in record:
+            raise RunError(f"{record['where']}: a reference text needs 'prompt' and 'completion'.")
+    texts = [record["completion"] for record in records]
+    return records, [text if isinstance(text, str) else text[0]["content"] for text in texts]
+
+
+def _sample(config: ConfigDict, records: Sequence[Record], mesh: Mesh) -> list[str]:
+    n = config.normalization
+    tokenizer = offline.load_pretrained_tokenizer(n.policy)
+    policy = offline.load_pretrained(config, n.policy, mesh)
+    room = policy.config.context_length - n.max_new_tokens
+    examples = encode_records(records, tokenizer, kind="prompt", max_length=room)
+    sampling = default_sampling_config(max_new_tokens=n.max_new_tokens)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1), len(examples))
+    texts: list[str] = []
+    with progress(description="reference", total=len(examples), unit="sample") as bar:
+        for start in range(0, len(examples), BATCH):
+            prompts = [example.prompt for example in examples[start : start + BATCH]]
+            chosen = keys[start : start + BATCH]
+            texts += roll_out(policy, mesh, tokenizer, prompts, sampling, keys=chosen).texts
+            bar.update(len(prompts))
+    return texts
+
+
+def scale_from(config: ConfigDict, scalars: np.ndarray, max_length: int) -> RewardScale:
+    """The scale that gives reference scalars `[N]` mean 0 and, for "mean_std", deviation 1.
+
+    Sources: Ziegler et al. 2019 (arXiv:1909.08593), section 2; Stiennon et al. 2020
+    (arXiv:2009.01325), section 3.4: only the mean, over the demonstrations.
+
+    Raises:
+      RunError: all scalars are equal, so no gain gives them a unit.
+    """
+    n = config.normalization
+    mean, std = float(scalars.mean()), float(scalars.std())
+    if n.kind == "mean_std" and not std > 0:
+        raise RunError(
+            f"the {len(scalars)} reference texts of config.normalization.source all have the score "
+            f"{mean}: no gain gives them standard deviation 1."
+        )
+    gain = 1 / std if n.kind == "mean_std" else 1.0
+    origin: dict[str, Any] = {"normalization": n.to_dict(), "texts": len(scalars)}
+    origin |= {"mean": mean, "std": std, "model": config.model}
+    return RewardScale(gain, -gain * mean, max_length, origin)

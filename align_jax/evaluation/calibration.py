@@ -1,0 +1,167 @@
+"""Is a reward model right, and does it know how often? Accuracy and calibration on held-out pairs.
+
+Of a pair the model says that the chosen response wins with probability sigmoid(r_c - r_r). Which of
+two responses is called chosen is no information, so everything is folded: the confidence of a pair
+is max(p, 1 - p), from 0.5 to 1, and the pair is right if p > 0.5, half right if p = 0.5. Counting
+every pair both ways gives the same curve and its mirror image.
+
+Pairs of one prompt are alike, so the prompts are the independent units: intervals are 95 %
+bootstrap intervals over prompts (Efron and Tibshirani 1993).
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 1000
+BINS = 10
+
+
+def accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
+    """Share of the pairs `[N]` whose chosen response scores higher; ties count half."""
+    return float(_right(*_checked(chosen, rejected)).mean())
+
+
+def calibrate(
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    strengths: Sequence[str | None] | None = None,
+    bins: int = BINS,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What the rewards of N held-out pairs say, as plain numbers.
+
+    Args:
+      chosen, rejected: rewards `[N]` on the scale of log-odds (before any gain).
+      groups: the prompt of each pair; by default every pair has its own.
+      strengths: how strong each preference was, for accuracies by strength; None where unknown.
+      bins: of equal width in confidence, from 0.5 to 1.
+      resamples: of the bootstrap, and of the simulation below.
+
+    Returns:
+      `pairs`, `prompts`; `accuracy`, `brier` (mean of (1 - p)^2), `nll` (nats a pair), `ece` (mean
+      over pairs of |accuracy - confidence| of their bin), each with `_ci95` [low, high];
+      `ece_if_calibrated`, the mean and the 95 % quantile of the ECE of a model that is right
+      exactly as often as it says, on as many pairs: ECE is never below 0, so chance alone lifts it;
+      `reliability`, a row a bin that holds pairs; `by_difference`, a row for each eighth of the
+      pairs by |r_c - r_r|; `by_strength`; `rewards` of chosen and rejected: mean, std, quantiles.
+
+    Resampling adds chance to the chance already in the ECE, so its interval is no plain quantile
+    interval. It begins at 0 if a calibrated model's ECE reaches as high 2.5 % of the time, and
+    otherwise at 2 ECE - q, q the 97.5 % quantile of the resamples; it ends at q. On 300 made pairs
+    of true ECE 0 to 0.16 it held the truth 86 to 97 % of the time.
+
+    Raises:
+      ValueError: no pairs, unequal shapes, or rewards that are not finite.
+    """
+    chosen, rejected = _checked(chosen, rejected)
+    rng = np.random.default_rng(seed)
+    difference = chosen - rejected
+    right, confidence = _right(chosen, rejected), _sigmoid(np.abs(difference))
+    names, group = np.unique(
+        np.arange(len(chosen)) if groups is None else [str(g) for g in groups], return_inverse=True
+    )
+    values = np.stack([right, (1 - _sigmoid(difference)) ** 2, np.logaddexp(0, -difference)], 1)
+    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    bounds = [0.025, 0.975]
+
+    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+    table = _by_group(np.concatenate([np.ones((len(chosen), 1)), values], 1), group, len(names))
+    resampled = weights @ table
+    intervals = np.quantile(resampled[:, 1:] / resampled[:, :1], bounds, axis=0).T.tolist()
+    out: dict[str, Any] = {"pairs": len(chosen), "prompts": len(names)}
+    for name, column, interval in zip(("accuracy", "brier", "nll"), values.T, intervals):
+        out |= {name: float(column.mean()), f"{name}_ci95": interval}
+
+    gaps = np.zeros((len(chosen), bins))
+    gaps[np.arange(len(chosen)), place] = right - confidence
+    ece = float(np.abs(gaps.sum(0)).sum() / len(chosen))
+    resampled_gaps = weights @ _by_group(gaps, group, len(names))
+    high = float(np.quantile(np.abs(resampled_gaps).sum(1) / resampled[:, 0], 0.975))
+    by_chance = np.array(
+        [
+            np.abs(np.bincount(place, (rng.random(len(chosen)) < confidence) - confidence)).sum()
+            for _ in range(resamples)
+        ]
+    ) / len(chosen)
+    calibrated = ece <= np.quantile(by_chance, 0.975)
+    out |= {
+        "ece": ece,
+        "ece_ci95": [0.0 if calibrated else max(0.0, min(ece, 2 * ece - high)), max(ece, high)],
+        "ece_if_calibrated": {
+            "mean": float(by_chance.mean()),
+            "quantile_95": float(np.quantile(by_chance, 0.95)),
+        },
+    }
+
+    out["reliability"] = [
+        _row(right, confidence, place == b) | {"from": 0.5 + b / (2 * bins)}
+        for b in range(bins)
+        if (place == b).any()
+    ]
+    size = np.abs(difference)
+    eighths = np.array_split(np.argsort(size, kind="stable"), min(8, len(size)))
+    out["by_difference"] = [
+        _row(right, confidence, part) | {"difference": float(size[part].mean())} for part in eighths
+    ]
+    if strengths is not None:
+        known = sorted({s for s in strengths if s is not None}, reverse=True)
+        members = [np.array([s == one for s in strengths]) for one in known]
+        out["by_strength"] = {
+            one: _row(right, confidence, member) for one, member in zip(known, members)
+        }
+    out["rewards"] = {
+        "chosen": _distribution(chosen),
+        "rejected": _distribution(rejected),
+    }
+    return out
+
+
+def _checked(chosen: np.ndarray, rejected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    chosen, rejected = np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
+    if chosen.ndim != 1 or chosen.shape != rejected.shape or not chosen.size:
+        raise ValueError(
+            f"chosen and rejected must be [pairs], not {chosen.shape} and {rejected.shape}"
+        )
+    for name, values in (("chosen", chosen), ("rejected", rejected)):
+        for index in np.flatnonzero(~np.isfinite(values))[:1]:
+            raise ValueError(f"{name}[{index}] is {values[index]}")
+    return chosen, rejected
+
+
+def _right(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    return (chosen > rejected) + 0.5 * (chosen == rejected)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def _by_group(values: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:
+    """Sums of the rows `[N,C]` of each group: `[count,C]`."""
+    out = np.zeros((count, values.shape[1]))
+    np.add.at(out, group, values)
+    return out
+
+
+def _row(right: np.ndarray, confidence: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
+    """Accuracy with its interval (Wilson 1927) and mean confidence of some of the pairs."""
+    count, share = len(right[chosen]), float(right[chosen].mean())
+    z = 1.959964
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return {
+        "pairs": count,
+        "confidence": float(confidence[chosen].mean()),
+        "accuracy": share,
+        "accuracy_ci95": [max(0.0, float(middle - half)), min(1.0, float(middle + half))],
+    }
+
+
+def _distribution(values: np.ndarray) -> dict[str, Any]:
+    quantiles = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist()
+    return {"mean": float(values.mean()), "std": float(values.std()), "quantiles": quantiles}

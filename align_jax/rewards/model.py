@@ -1,0 +1,164 @@
+"""A trained reward model as a reward: text in, one number a completion out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from align_jax.data.batching import build_batch
+from align_jax.data.chat import Example, encode_records
+from align_jax.data.formats import parse_record
+from align_jax.distributed.partitioning import replicated
+from align_jax.models.families import ModelError
+from align_jax.models.heads import RewardScale, ScalarModel, response_scores
+from align_jax.models.interchange import load_reward_model, load_tokenizer
+from align_jax.models.locate import read_json
+
+# Where a run of the algorithm `reward_model` leaves what it made.
+DIRECTORY = "reward_model"
+
+SMALLEST_BUCKET = 32
+
+# Tokens of a batch, padding included. A batch is always full, so a single text costs as much.
+BATCH_TOKENS = {"cpu": 512}
+DEFAULT_BATCH_TOKENS = 16_384
+
+
+class RewardModel:
+    """A reward model, or the mean of an ensemble, as a reward `(records, completions) -> [N]`.
+
+    Text is tokenised with the model's own tokenizer, closed with EOS and cut as in training, and
+    scored at its last token. A text's batch has the number of rows and the length that its own
+    length asks for, whatever it is scored together with.
+
+    Args:
+      members: each model with its scale; several are an ensemble (Christiano et al. 2017,
+        arXiv:1706.03741, section 2.2.3).
+      tokenizer: the members'.
+      mesh: on which the members lie, if on one.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[tuple[ScalarModel, RewardScale]],
+        tokenizer: Any,
+        *,
+        mesh: Mesh | None = None,
+    ):
+        self.members = list(members)
+        self.tokenizer = tokenizer
+        self._mesh = mesh
+        limits = [scale.max_length for _, scale in self.members if scale.max_length]
+        self.max_length = min([*limits, self.members[0][0].config.context_length])
+        placement = None if mesh is None else replicated(mesh)
+        self._score = jax.jit(response_scores, out_shardings=placement)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        mesh: Mesh | None = None,
+        compute_dtype: str | None = None,
+    ) -> RewardModel:
+        """Reads a directory of `save_reward_model`, an ensemble of them, or a finished run's.
+
+        Raises:
+          ModelError: there is none at `path`, or its run has not finished.
+        """
+        folders = member_directories(path)
+        settings = {"mesh": mesh, "compute_dtype": compute_dtype or "float32"}
+        members = [load_reward_model(folder, **settings) for folder in folders]
+        return cls(members, load_tokenizer(folders[0]), mesh=mesh)
+
+    def __call__(
+        self, records: Sequence[Mapping[str, Any]], completions: Sequence[str]
+    ) -> np.ndarray:
+        """The reward of each completion, `[N]` float32; of an ensemble the mean."""
+        return self.member_scores(records, completions).mean(axis=0)
+
+    def disagreement(
+        self, records: Sequence[Mapping[str, Any]], completions: Sequence[str]
+    ) -> np.ndarray:
+        """Standard deviation of the members' rewards, `[N]` float32; 0 for a single model."""
+        return self.member_scores(records, completions).std(axis=0)
+
+    def member_scores(
+        self, records: Sequence[Mapping[str, Any]], completions: Sequence[str]
+    ) -> np.ndarray:
+        """Every member's reward of each completion, `[members, N]` float32."""
+        if not len(completions):
+            return np.zeros((len(self.members), 0), np.float32)
+        examples = self._encode(records, completions)
+        scores = [
+            scale.gain * self._scalars(model, examples) + scale.bias
+            for model, scale in self.members
+        ]
+        return np.array(scores, np.float32)
+
+    def _encode(self, records, completions) -> list[Example]:
+        pairs = [
+            parse_record(
+                {"prompt": record["prompt"], "completion": completion},
+                kind="sft",
+                where=record.get("where", f"record {index}"),
+            )
+            for index, (record, completion) in enumerate(zip(records, completions, strict=True))
+        ]
+        return encode_records(
+            pairs, self.tokenizer, kind="sft", max_length=self.max_length, overlong="truncate"
+        )
+
+    def _scalars(self, model: ScalarModel, examples: Sequence[Example]) -> np.ndarray:
+        out = np.zeros(len(examples), np.float64)
+        buckets: dict[int, list[int]] = {}
+        for index, example in enumerate(examples):
+            length = len(example.prompt) + len(example.responses[0])
+            bucket = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+            buckets.setdefault(min(bucket, self.max_length), []).append(index)
+        tokens = BATCH_TOKENS.get(jax.default_backend(), DEFAULT_BATCH_TOKENS)
+        context = contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        with context:
+            for bucket, indices in sorted(buckets.items()):
+                rows = max(1, tokens // bucket)
+                for start in range(0, len(indices), rows):
+                    chosen = indices[start : start + rows]
+                    filled = chosen + chosen[-1:] * (rows - len(chosen))
+                    batch = build_batch(
+                        [examples[index] for index in filled],
+                        rows=rows,
+                        length_buckets=(bucket,),
+                        target_buckets=(bucket,),
+                    )
+                    scalars = np.asarray(self._score(model, batch))
+                    out[chosen] = scalars[: len(chosen)]
+        return out
+
+
+def member_directories(path: str | os.PathLike) -> list[Path]:
+    """The directories of the members at `path`, which is a reward model, an ensemble or a run.
+
+    Raises:
+      ModelError: a run that has not finished, or is none of a reward model.
+    """
+    folder = Path(path).expanduser()
+    if (folder / DIRECTORY).is_dir():
+        folder = folder / DIRECTORY
+    elif "algorithm" in _content(folder / "config.json"):
+        raise ModelError(
+            f"{folder} holds a run without a finished reward model: expected its {DIRECTORY}/, "
+            "which a run of the algorithm 'reward_model' writes at its end."
+        )
+    members = _content(folder / "reward.json").get("members")
+    return [folder / Path(name).name for name in members] if members else [folder]
+
+
+def _content(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
