@@ -9,4 +9,5 @@ cd "$root"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-exec "$python" -m pytest "$@"
+# Compiling takes most of the time, and a core: two files at a time, each whole in one process.
+exec "$python" -m pytest -n 2 --dist loadfile "$@"

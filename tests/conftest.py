@@ -69,6 +69,7 @@ def compiled_once(_compiled):
 def compilation_by_folder(request):
     if request.path.parent.name in QUICKLY_COMPILED:
         request.getfixturevalue("quick_compilation")
+        request.getfixturevalue("compiled_once")
 
 
 @pytest.fixture

@@ -13,8 +13,6 @@ from align_jax.training.checkpoint import flatten
 from align_jax.training.errors import RunError
 from align_jax.training.workdir import Workdir
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def test_ranks_count_who_won_more():
     assert rank_by_wins(np.array([2.0, 0.5, 3.0, 0.5])) == [1, 2, 0, 2]

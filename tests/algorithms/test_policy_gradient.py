@@ -25,8 +25,6 @@ from align_jax.training.loop import Interrupted
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -13,8 +13,6 @@ from align_jax.training.checkpoint import flatten
 from align_jax.training.errors import RunError
 from align_jax.training.workdir import Workdir
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def test_the_stages_build_on_each_other_and_are_not_run_again(
     tiny_config, tmp_path, monkeypatch, capsys
