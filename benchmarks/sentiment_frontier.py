@@ -40,6 +40,15 @@ COEFFICIENTS = {
     "DPO": (0.1, 0.3, 1.0),
 }
 BEST_OF = (2, 4, 8, 16)
+SECTION = """## Reward against KL on a real model
+
+`python benchmarks/sentiment_frontier.py --workdir=runs/frontier`: SmolLM2, VADER, 800 completions of
+24 tokens to learn from for each row, seed {seed}. +- is a 95 % interval over the 40 held-out openings.
+
+![Mean VADER against KL, every method](sentiment_frontier.png)
+
+{table}
+"""
 
 
 def main() -> None:
@@ -139,8 +148,10 @@ def _write(rows: list[tuple], pool: np.ndarray, seed: int) -> None:
     document = ROOT / "docs" / "results.md"
     text = document.read_text(encoding="utf-8")
     begin, end = "<!-- frontier: begin -->", "<!-- frontier: end -->"
+    if begin not in text:
+        text += f"\n{begin}\n{end}\n"
     before, after = text.split(begin)[0], text.split(end)[1]
-    text = f"{before}{begin}\nSeed {seed}.\n\n{table}\n{end}{after}"
+    text = f"{before}{begin}\n{SECTION.format(seed=seed, table=table)}{end}{after}"
     write_file(document, text.encode("utf-8"))
 
 
