@@ -42,8 +42,9 @@ COEFFICIENTS = {
 BEST_OF = (2, 4, 8, 16)
 SECTION = """## Reward against KL on a real model
 
-`python benchmarks/sentiment_frontier.py --workdir=runs/frontier`: SmolLM2, VADER, 800 completions of
-24 tokens to learn from for each row, seed {seed}. +- is a 95 % interval over the 40 held-out openings.
+`python benchmarks/sentiment_frontier.py --workdir=runs/frontier`: SmolLM2, VADER, 800 completions
+of 24 tokens to learn from for each row, seed {seed}; +- is a 95 % interval over the 40 held-out
+openings.
 
 ![Mean VADER against KL, every method](sentiment_frontier.png)
 
