@@ -29,7 +29,10 @@ def runs_of(config):
 def test_a_config_says_what_can_be_run(name, scale):
     config = load_config(f"{EXPERIMENTS / name}.py:scale={scale}")
     for run in runs_of(config):
-        assert run.algorithm in ALGORITHMS
+        assert run.algorithm in ALGORITHMS and "seed" in run or run.algorithm == "stages"
+        if "model" in run and not run.model.startswith("stage:"):
+            assert (run.model == "tiny") == (scale == "tiny")
+            assert {"data", "optimizer", "mesh"} <= set(run.keys())
         if run.algorithm == "policy_gradient":
             check_choices(run)
         if "data" not in run or not run.data.source.startswith("builtin:"):
