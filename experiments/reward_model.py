@@ -14,7 +14,17 @@ The first is built-in data. A measured one, on pairs whose truth is known:
         --config.data.eval_source=runs/sentiment_pairs/held_out.jsonl --config.data.max_length=64
 
 `scale=tiny` takes seconds; the tests check that it learns. `scale=small` trains SmolLM2: one epoch
-of 2,000 of these pairs takes 18 minutes of CPU time (evaluation and saving included) and 6 GiB.
+of 2,000 of these pairs takes 18 minutes of CPU time (evaluation and saving included) and 6 GiB. On
+the 500 held-out pairs, 497 openings, with 95 % intervals over openings (seed 0):
+
+    accuracy   0.888 (0.860 to 0.916); differences of VADER of 1 and more 0.976, of 0.5 to 1 0.919,
+               below 0.696
+    ECE        0.048 (0.020 to 0.077); a calibrated model's on as many pairs would be 0.026
+    Brier      0.083 (0.064 to 0.103);  0.277 nats a pair
+
+It is somewhat too sure of itself. On harder pairs (first against third of 4, second against fourth)
+and at 5e-5 it came to 0.748 with an ECE of 0.037.
+
 `scale=paper` follows InstructGPT as the comments say; it has not been run.
 """
 
