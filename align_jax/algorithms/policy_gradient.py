@@ -43,6 +43,8 @@ from align_jax.evaluation.policies import (
     write_comparison,
 )
 from align_jax.evaluation.report import format_summary
+from align_jax.models.families import ModelError
+from align_jax.models.locate import locate
 from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import check_records
@@ -208,6 +210,12 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         )
     reward = make_reward(config.reward, tokenizer=tokenizer, mesh=offline.open_mesh(config))
     check_records(reward, records)
+    for name in ("init", "critic_init"):
+        if config[name] and offline.run_at(config[name]) is None:
+            try:
+                locate(config[name], weights=True)
+            except ModelError as error:
+                raise RunError(f"config.{name}: {error}") from error
     phases = Phases(workdir.path)
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
     model, mesh = offline.open_model(config)

@@ -29,6 +29,8 @@ from align_jax.training.workdir import Workdir
             "config.evaluation.base_samples is 3; expected at least 16",
         ),
         ({"data.max_length": 8}, "config.data.max_length = 8 leaves no room for a prompt"),
+        ({"init": "/nowhere"}, "config.init: there is no model at /nowhere"),
+        ({"critic_init": "/nowhere"}, "config.critic_init: there is no model at /nowhere"),
         ({"reward.kind": "joy"}, "config.reward.*joy"),
         ({"sampling.prompts": 1000}, "config.sampling.prompts = 1000 is more than there are"),
     ],
