@@ -149,16 +149,9 @@ def make_pairs(samples: Sequence[Sample], per_prompt: int) -> tuple[list[Example
         worst, best = group[0], group[-1]
         if best["score"] == worst["score"]:
             continue
-        responses = tuple(np.array(sample["tokens"], np.int32) for sample in (best, worst))
-        examples.append(
-            Example(
-                id=start // per_prompt,
-                prompt=np.array(best["prompt_tokens"], np.int32),
-                responses=responses,
-                response_masks=tuple(np.ones(len(r), np.float32) for r in responses),
-                extras={},
-            )
-        )
+        responses = [sample["tokens"] for sample in (best, worst)]
+        prompt = best["prompt_tokens"]
+        examples.append(Example.of_samples(start // per_prompt, prompt, responses))
         log_probs.append([best["log_prob"], worst["log_prob"]])
     if not examples:
         raise RunError(

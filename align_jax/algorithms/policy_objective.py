@@ -75,11 +75,14 @@ def _own(model: Transformer) -> Transformer:
     return combine(jax.tree.map(jnp.copy, trained), frozen)
 
 
-def _values(agent: Agent, states: Array, batch: Batch) -> Array:
-    """The critic's estimate `[R,S]` before each target, in units of reward."""
-    if isinstance(agent.critic, ScalarModel):
-        return agent.critic.head(predicting_states(agent.critic.transformer, batch))
-    return agent.critic(states)
+def _values(critic: ScalarModel | ScalarHead, batch: Batch, states: Array | None = None) -> Array:
+    """The critic's estimate `[R,S]` before each target, in units of reward.
+
+    A head needs the policy's `states`; a critic with its own trunk has its own.
+    """
+    if isinstance(critic, ScalarModel):
+        return critic.head(predicting_states(critic.transformer, batch))
+    return critic(states)
 
 
 def score_completions(
@@ -92,14 +95,13 @@ def score_completions(
     )
     out = {"log_probs": log_probs, "entropies": entropies}
     if agent.critic is not None:
-        out["values"] = _values(agent, states, batch)
+        out["values"] = _values(agent.critic, batch, states)
     return {name: by_response(x, batch, shape) for name, x in out.items()}
 
 
 def critic_values(critic: ScalarModel, batch: Batch, *, shape: tuple[int, int]) -> Array:
     """Values `[N,T]` of a critic with its own trunk."""
-    values = critic.head(predicting_states(critic.transformer, batch))
-    return by_response(values, batch, shape)
+    return by_response(_values(critic, batch), batch, shape)
 
 
 def advantages_of(
@@ -265,7 +267,7 @@ def make_loss(config: ConfigDict) -> LossFunction:
         if config.entropy_coefficient:
             loss -= config.entropy_coefficient * (batch["weights"] * entropies).sum()
         if agent.critic is not None:
-            values = by_response(_values(agent, states, batch), batch, mask.shape)
+            values = by_response(_values(agent.critic, batch, states), batch, mask.shape)
             value_losses = pg.clipped_value_loss(
                 values, batch["old_values"], batch["returns"], clip_range=config.value_clip_range
             )

@@ -51,8 +51,8 @@ from align_jax.models.interchange import load_reward_model, save_reward_model
 from align_jax.rewards.model import DIRECTORY, RewardModel, member_directories
 from align_jax.training import offline
 from align_jax.training.errors import RunError
-from align_jax.training.metrics import progress, read_metrics
-from align_jax.training.step import Batch, LossFunction, LossSums, place_batch
+from align_jax.training.metrics import read_metrics
+from align_jax.training.step import Batch, LossFunction, LossSums
 from align_jax.training.workdir import Workdir, write_json
 
 LOSSES = ("pairwise", "best_of_k", "all_pairs", "plackett_luce")
@@ -153,21 +153,11 @@ def score_examples(
     model: ScalarModel, mesh: Mesh, examples: Sequence[Example], data: ConfigDict
 ) -> np.ndarray:
     """Every response's scalar `[examples, K]`, before gain and bias; examples as of `prepare`."""
-    collate = offline.make_collate(ConfigDict(data.to_dict() | {"accumulation": 1}))
-    responses = len(examples[0].responses)
-    order = np.argsort([len(e.prompt) + sum(map(len, e.responses)) for e in examples])
-    out = np.zeros((len(examples), responses), np.float64)
     run = jax.jit(response_scores, out_shardings=replicated(mesh))
-    with (
-        jax.set_mesh(mesh),
-        progress(description="scoring", total=len(examples), unit="record") as bar,
-    ):
-        for start in range(0, len(examples), data.batch_size):
-            chosen = order[start : start + data.batch_size]
-            batch = place_batch(collate([examples[i] for i in chosen]), mesh, accumulated=False)
-            out[chosen] = np.asarray(run(model, batch)).reshape(len(chosen), responses)
-            bar.update(len(chosen))
-    return out
+    scores = offline.score_responses(
+        lambda batch: run(model, batch), mesh, examples, data, description="scoring"
+    )
+    return scores.astype(np.float64)
 
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:

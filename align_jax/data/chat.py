@@ -39,6 +39,15 @@ class Example:
     response_masks: tuple[np.ndarray, ...]
     extras: dict[str, Any]
 
+    @classmethod
+    def of_samples(
+        cls, id: int, prompt: Sequence[int], responses: Sequence[Sequence[int]]
+    ) -> Example:
+        """A prompt with responses that a policy drew: every one of their tokens counts."""
+        tokens = tuple(np.asarray(response, np.int32) for response in responses)
+        masks = tuple(np.ones(len(response), np.float32) for response in tokens)
+        return cls(id, np.asarray(prompt, np.int32), tokens, masks, {})
+
 
 def encode_record(
     record: Record,

@@ -22,7 +22,7 @@ from align_jax.evaluation.report import (
     html_page,
     html_table,
     plain,
-    replace_files,
+    write_files,
 )
 
 _CAPTION = (
@@ -144,12 +144,7 @@ def write_calibration_report(
     summary = plain(summary)
     listing = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     page = html_page(title, [*sections, ("All numbers", _listing(listing))])
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    texts = {"summary.json": listing, "index.html": page}
-    encoded = {name: text.encode("utf-8", "replace") for name, text in texts.items()}
-    replace_files(directory, {**pictures, **encoded})
-    return directory / "index.html"
+    return write_files(directory, page, listing, pictures)
 
 
 def _results(summary: Mapping[str, Any]) -> str:

@@ -95,16 +95,9 @@ def with_log_probs_under(
     examples = []
     for start in range(0, len(samples), per_prompt):
         group = samples[start : start + per_prompt]
-        responses = tuple(np.array(sample["tokens"], np.int32) for sample in group)
-        examples.append(
-            Example(
-                id=start // per_prompt,
-                prompt=np.array(group[0]["prompt_tokens"], np.int32),
-                responses=responses,
-                response_masks=tuple(np.ones(len(r), np.float32) for r in responses),
-                extras={},
-            )
-        )
+        responses = [sample["tokens"] for sample in group]
+        prompt = group[0]["prompt_tokens"]
+        examples.append(Example.of_samples(start // per_prompt, prompt, responses))
     data = ConfigDict(data.to_dict() | {"batch_size": 4, "rows": 0})
     log_probs = compute_log_probs(model, mesh, examples, data, temperature=temperature).ravel()
     return [s | {"base_log_prob": float(value)} for s, value in zip(samples, log_probs)]

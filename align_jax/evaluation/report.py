@@ -259,7 +259,7 @@ def html_page(title: str, sections: Sequence[tuple[str, str]]) -> str:
 """
 
 
-def replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
+def _replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
     """Writes all files under temporary names, then renames all: what fails leaves the old ones."""
     temporary = {name: directory / f".{name}.{os.getpid()}" for name in contents}
     try:
@@ -270,6 +270,19 @@ def replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def write_files(
+    directory: str | os.PathLike, page: str, listing: str, pictures: Mapping[str, bytes]
+) -> Path:
+    """Writes index.html, summary.json and the pictures of a report; returns the page's path."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Decoded model output can hold lone surrogates, which UTF-8 cannot.
+    texts = {"summary.json": listing, "index.html": page}
+    encoded = {name: text.encode("utf-8", "replace") for name, text in texts.items()}
+    _replace_files(directory, {**pictures, **encoded})
+    return directory / "index.html"
 
 
 def write_report(
@@ -306,10 +319,4 @@ def write_report(
     page = _page(title, summary, pictures, samples, [*_curve_notes(curves), *notes])
     listing = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    # Decoded model output can hold lone surrogates, which UTF-8 cannot.
-    texts = {"summary.json": listing, "index.html": page}
-    encoded = {name: text.encode("utf-8", "replace") for name, text in texts.items()}
-    replace_files(directory, {**pictures, **encoded})
-    return directory / "index.html"
+    return write_files(directory, page, listing, pictures)

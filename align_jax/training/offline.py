@@ -211,6 +211,37 @@ def make_collate(
     return collate
 
 
+def score_responses(
+    score: Callable[[dict[str, jax.Array]], jax.Array],
+    mesh: Mesh,
+    examples: Sequence[Example],
+    data: ConfigDict,
+    *,
+    description: str,
+) -> np.ndarray:
+    """A number for every response, `[examples, K]` float32; similar lengths share a batch.
+
+    `score` takes a batch and returns a replicated array of the numbers of its responses in order;
+    what is past them is left out.
+    """
+    collate = make_collate(ConfigDict(data.to_dict() | {"accumulation": 1}))
+    responses = len(examples[0].responses)
+    lengths = [len(e.prompt) + sum(map(len, e.responses)) for e in examples]
+    order = np.argsort(lengths, kind="stable")
+    out = np.zeros((len(examples), responses), np.float32)
+    with (
+        jax.set_mesh(mesh),
+        progress(description=description, total=len(examples), unit="example") as bar,
+    ):
+        for start in range(0, len(examples), data.batch_size):
+            chosen = order[start : start + data.batch_size]
+            batch = place_batch(collate([examples[i] for i in chosen]), mesh, accumulated=False)
+            values = np.asarray(score(batch))[: len(chosen) * responses]
+            out[chosen] = values.reshape(len(chosen), responses)
+            bar.update(len(chosen))
+    return out
+
+
 def check(config: ConfigDict, directory: Path, model: Transformer, num_examples: int) -> int:
     """The number of steps of a run; fails now for what would stop it after hours.
 

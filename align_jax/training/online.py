@@ -73,9 +73,8 @@ class Rollout(NamedTuple):
     def group(self, index: int) -> Example:
         """Prompt `index` with its K completions as responses."""
         rows = range(index * self.samples, (index + 1) * self.samples)
-        responses = tuple(self.tokens[n][self.mask[n] > 0] for n in rows)
-        masks = tuple(np.ones(len(response), np.float32) for response in responses)
-        return Example(index, self.prompts[index], responses, masks, {})
+        responses = [self.tokens[n][self.mask[n] > 0] for n in rows]
+        return Example.of_samples(index, self.prompts[index], responses)
 
     def select(self, groups: Sequence[int]) -> "Rollout":
         """The rollout of some of its prompts, in the order given."""

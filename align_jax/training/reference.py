@@ -17,10 +17,8 @@ from align_jax.data.chat import Example
 from align_jax.distributed.partitioning import replicated
 from align_jax.models.transformer import Transformer
 from align_jax.training.checkpoint import fingerprint
-from align_jax.training.metrics import progress
-from align_jax.training.offline import make_collate
+from align_jax.training.offline import score_responses
 from align_jax.training.scoring import sum_by_response, target_log_probs
-from align_jax.training.step import place_batch
 from align_jax.training.workdir import write_file
 
 
@@ -61,27 +59,15 @@ def compute_log_probs(
 ) -> np.ndarray:
     """`reference_log_probs` without the cache; examples of equal lengths share a batch."""
     responses = len(examples[0].responses)
-    length = [len(e.prompt) + sum(map(len, e.responses)) for e in examples]
-    order = np.argsort(length, kind="stable")
-    collate = make_collate(ConfigDict(data.to_dict() | {"accumulation": 1}))
-    out = np.zeros((len(examples), responses), np.float32)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def score(model, batch):
         log_probs, _ = target_log_probs(model, batch, temperature=temperature)
         return sum_by_response(log_probs, batch, data.batch_size * responses)
 
-    with (
-        jax.set_mesh(mesh),
-        progress(description="reference", total=len(examples), unit="example") as bar,
-    ):
-        for start in range(0, len(examples), data.batch_size):
-            chosen = order[start : start + data.batch_size]
-            batch = place_batch(collate([examples[i] for i in chosen]), mesh, accumulated=False)
-            sums = np.asarray(score(model, batch))
-            out[chosen] = sums[: len(chosen) * responses].reshape(len(chosen), responses)
-            bar.update(len(chosen))
-    return out
+    return score_responses(
+        lambda batch: score(model, batch), mesh, examples, data, description="reference"
+    )
 
 
 def _key(model: Transformer, examples: Sequence[Example]) -> str:

@@ -55,13 +55,7 @@ def random_transformer(seed: int = 0, *, scale: float = 4.0) -> Transformer:
 def enumeration(language: Language) -> Batch:
     """Every response to every prompt, one a row: row p N + i is the i-th response to prompt p."""
     examples = [
-        Example(
-            id=p,
-            prompt=np.array(prompt, np.int32),
-            responses=tuple(np.array(r, np.int32) for r in language.responses),
-            response_masks=tuple(np.ones(len(r), np.float32) for r in language.responses),
-            extras={},
-        )
+        Example.of_samples(p, prompt, language.responses)
         for p, prompt in enumerate(language.prompts)
     ]
     rows = separate_responses(examples)
