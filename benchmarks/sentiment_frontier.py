@@ -13,11 +13,16 @@ stopped benchmark goes on. It takes 1 to 2 hours on 2 cores.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from align_jax.config import load_config
+from align_jax.evaluation import figures, statistics
+from align_jax.training.workdir import Workdir, write_file
 
 ROOT = Path(__file__).parents[1]
 ONLINE = ["--config.data.limit=200", "--config.evaluation.base_samples=20"]
@@ -39,6 +44,7 @@ COEFFICIENTS = {
     "online DPO": (0.1, 0.3, 1.0),
     "DPO": (0.1, 0.3, 1.0),
 }
+SHARED = ("sample.jsonl", "sample_base.jsonl", "seconds.json")
 BEST_OF = (2, 4, 8, 16)
 SECTION = """## Reward against KL on a real model
 
@@ -77,20 +83,29 @@ def main() -> None:
 def _run(method: str, coefficient: float, seed: int, workdir: Path) -> dict:
     config, settings = METHODS[method]
     field = "beta" if method == "DPO" else "kl.coefficient"
-    command = [
-        sys.executable,
-        "-m",
-        "align_jax",
-        "train",
-        f"--config={ROOT / 'experiments' / config}",
-        f"--workdir={workdir}",
+    spec = str(ROOT / "experiments" / config)
+    overrides = [
         f"--config.seed={seed}",
         f"--config.{field}={coefficient}",
         *settings,
         *([] if method == "DPO" else ONLINE),
     ]
     print(f"\n== {method}, coefficient {coefficient}", flush=True)
+    # What the untrained model says is the same in every run of a seed, and DPO's pairs at every
+    # beta: a phase whose file is there is not run again.
+    kind = "DPO" if method == "DPO" else "online"
+    shared = workdir.parent / f"shared_{kind}_seed{seed}"
+    if shared.exists() and not workdir.exists():
+        Workdir(workdir, load_config(spec, overrides))
+        shutil.copytree(shared, workdir / "samples")
+    command = [sys.executable, "-m", "align_jax", "train", f"--config={spec}"]
+    command += [f"--workdir={workdir}", *overrides]
     subprocess.run(command, check=True, env=os.environ, cwd=ROOT)
+    if not shared.exists():
+        shared.mkdir()
+        for file in SHARED:
+            if (workdir / "samples" / file).exists():
+                shutil.copy(workdir / "samples" / file, shared)
     return json.loads((workdir / "report" / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -100,9 +115,6 @@ def _scores(file: Path, per_prompt: int) -> np.ndarray:
 
 
 def _write(rows: list[tuple], pool: np.ndarray, seed: int) -> None:
-    from align_jax.evaluation import figures, statistics
-    from align_jax.training.workdir import write_file
-
     lines = [
         "| method | KL coefficient | mean VADER | win rate | KL, nats | distinct-2 | seconds |",
         "|---|---|---|---|---|---|---|",

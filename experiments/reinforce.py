@@ -2,10 +2,9 @@
 
     launch/local.sh experiments/reinforce.py --config.kl.coefficient=0.1
 
-The simplest member of the family: one sample a prompt, whose KL-penalised reward is compared with
-the mean of what came before (decay 0.9; in the first iteration with the other completions).
-Everything else is as in experiments/rloo.py, so the two differ in their baselines only; the number
-of completions is the same, of four times as many prompts.
+The simplest member of the family: a completion's KL-penalised reward is compared with the mean of
+what came before (decay 0.9; in the first iteration with the other completions). Everything else is
+as in experiments/rloo.py, so the two differ in their baselines only.
 
 `scale=tiny` takes under a minute; `scale=small` has not been measured yet; `scale=paper` is that of
 experiments/rloo.py with one sample a prompt and has not been run.
@@ -34,7 +33,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     config.kl.coefficient = 0.05
     config.optimizer = default_optimizer_config(learning_rate=3e-5, eps=1e-5, schedule="linear")
     config.data = default_data_config(source="builtin:review_openings", max_length=64)
-    config.sampling = default_sampling_config(prompts=40, max_new_tokens=24)
+    config.sampling = default_sampling_config(prompts=10, samples=4, max_new_tokens=24)
     config.evaluation.source = "builtin:review_openings#held_out"
     config.num_iterations = 20
     if scale == "tiny":
@@ -42,7 +41,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         config.reward.kind = "length"
         config.optimizer.learning_rate = 1e-2
         config.data.max_length = 128
-        config.sampling.update(prompts=8, max_new_tokens=8)
+        config.sampling.update(prompts=8, samples=1, max_new_tokens=8)
         config.num_iterations = 2
         config.evaluation.update(prompts=4, trained_samples=4)
     elif scale == "paper":
@@ -51,7 +50,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         config.kl.coefficient = 0.1
         config.optimizer.learning_rate = 1e-6
         config.data.update(source="hf:Anthropic/hh-rlhf#train", max_length=1024)
-        config.sampling.update(prompts=512, max_new_tokens=256)
+        config.sampling.update(prompts=512, samples=1, max_new_tokens=256)
         config.reward.update(kind="model", path="reward_model")
         config.evaluation.source = ""
         config.num_iterations = 600

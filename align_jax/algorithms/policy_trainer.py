@@ -70,6 +70,7 @@ class Trainer:
         self.reference, self.reward, self.records = reference, reward, records
         sampling = config.sampling
         self.prompts = Loader(examples, batch_size=sampling.prompts, seed=config.seed, collate=list)
+        self.longest_prompt = max(len(example.prompt) for example in examples)
         self.micro = sampling.prompts // (config.minibatches * config.data.accumulation)
         completions = (self.micro * sampling.samples, sampling.max_new_tokens)
         self.score = jax.jit(
@@ -147,7 +148,7 @@ class Trainer:
         examples, rollout, scores, memory = self.collect(state.model.model, memory, iteration)
         raw = scores.pop("")
         sampled = time.monotonic()
-        layout = online.layout_of(rollout, config.data)
+        layout = online.layout_of(rollout, config.data, longest_prompt=self.longest_prompt)
         values = self.evaluate_completions(state.model, rollout, layout)
         components, scores = scores, with_missing_eos(config, raw, rollout.ended)
         baseline = memory["baseline"]

@@ -177,13 +177,26 @@ class Layout(NamedTuple):
     targets: int
 
 
-def layout_of(rollout: Rollout, data: ConfigDict) -> Layout:
-    """The smallest buckets that hold every group of a rollout."""
-    responses = rollout.mask.sum(1).astype(int).reshape(len(rollout.prompts), -1).sum(1)
+def layout_of(rollout: Rollout, data: ConfigDict, *, longest_prompt: int) -> Layout:
+    """The smallest buckets that hold every group of a rollout, or what any rollout can need.
+
+    Args:
+      data: has `length_buckets` and `target_buckets`.
+      longest_prompt: tokens, of all the run's prompts.
+    """
+    samples, budget = rollout.samples, rollout.samples * rollout.tokens.shape[1]
+    responses = rollout.mask.sum(1).astype(int).reshape(-1, samples).sum(1)
     lengths = [len(prompt) + total for prompt, total in zip(rollout.prompts, responses)]
+    # A bucket beyond the token budget would be padding in every iteration; hardware likes eights.
+    most = -(-(longest_prompt + budget) // 8) * 8
     return Layout(
-        round_up_to_bucket(max(lengths), data.length_buckets),
-        round_up_to_bucket(int(responses.max()), data.target_buckets, key="data.target_buckets"),
+        min(most, round_up_to_bucket(max(lengths), data.length_buckets)),
+        min(
+            budget,
+            round_up_to_bucket(
+                int(responses.max()), data.target_buckets, key="data.target_buckets"
+            ),
+        ),
     )
 
 

@@ -153,7 +153,9 @@ def test_a_completion_is_valued_the_same_alone_and_among_others(new_trainer, bas
         agent.critic.head.head_kernel[...] = jax.random.normal(jax.random.key(0), (32,))
         memory = {"next_prompt": 0}
         _, rollout, _, _ = trainer.collect(agent.model, memory, 0)
-        layout = online.layout_of(rollout, trainer.config.data)
+        layout = online.layout_of(
+            rollout, trainer.config.data, longest_prompt=trainer.longest_prompt
+        )
         out.append(trainer.evaluate_completions(agent, rollout, layout))
     assert np.abs(out[0]["old_values"]).max() > 0.1
     for name in out[0]:

@@ -104,7 +104,7 @@ def test_a_completion_does_not_depend_on_what_is_sampled_with_it(model, tokenize
 def test_the_samplers_log_probs_are_the_trainers(model, tokenizer, mesh, temperature):
     sampling = default_sampling_config(samples=3, max_new_tokens=6, temperature=temperature)
     rollout = online.roll_out(model, mesh, tokenizer, PROMPTS, sampling, keys=keys(3))
-    layout = online.layout_of(rollout, offline.default_data_config())
+    layout = online.layout_of(rollout, offline.default_data_config(), longest_prompt=9)
     batch = place_batch(
         online.rollout_batch(rollout, range(3), {}, layout), mesh, accumulated=False
     )
@@ -132,7 +132,8 @@ def test_values_come_back_in_the_order_of_the_tokens(rows):
 
 def test_micro_batches_hold_the_groups_in_order_with_their_values():
     rollout = made_rollout([1, 6, 3, 2, 5, 4, 1, 1], samples=2)
-    layout = online.layout_of(rollout, offline.default_data_config(length_buckets=(16, 32)))
+    data = offline.default_data_config(length_buckets=(16, 32))
+    layout = online.layout_of(rollout, data, longest_prompt=9)
     values = {"scores": np.arange(8.0), "mask": rollout.mask}
     whole = online.rollout_batch(rollout, [3, 0, 2, 1], values, layout)
     assert whole["scores"].tolist() == [6, 7, 0, 1, 4, 5, 2, 3]
@@ -207,3 +208,22 @@ def test_a_metric_that_is_not_finite_ends_the_run_unsaved(mesh):
     with pytest.raises(RunError, match=r"loss not finite in iteration 0, on the prompts \[4\]"):
         run_loop(broken, recorder, mesh)
     assert not recorder.saved and not recorder.rows
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([1, 1, 1, 1], (16, 4)),
+        ([6, 6, 5, 6], (24, 12)),  # buckets alone would be 32 and 16
+    ],
+)
+def test_a_layout_has_room_for_every_group_and_none_beyond_the_token_budget(lengths, expected):
+    rollout = made_rollout(lengths, samples=2)
+    rollout = rollout._replace(prompts=[np.arange(7), np.arange(3)])
+    data = offline.default_data_config(length_buckets=(16, 32), target_buckets=(4, 16))
+    layout = online.layout_of(rollout, data, longest_prompt=7)
+    assert layout == expected
+    batch = online.rollout_batch(rollout, [0, 1], {}, layout)
+    assert batch["tokens"].shape == (2, layout.length)
+    assert batch["target_mask"].shape == (2, layout.targets)
+    assert batch["target_mask"].sum() == sum(lengths)
