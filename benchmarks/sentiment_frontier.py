@@ -19,12 +19,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from results import ROOT, write_section
 
 from align_jax.config import load_config
 from align_jax.evaluation import figures, statistics
 from align_jax.training.workdir import Workdir, write_file
 
-ROOT = Path(__file__).parents[1]
 ONLINE = ["--config.data.limit=200", "--config.evaluation.base_samples=20"]
 # What a run of each method is, beside its KL coefficient; 20 iterations of 40 completions.
 METHODS = {
@@ -158,14 +158,7 @@ def _write(rows: list[tuple], pool: np.ndarray, seed: int) -> None:
     axis.set_ylabel("mean VADER on held-out openings, 95 %", fontsize=9, color=figures.INK)
     axis.legend(fontsize=8, frameon=False)
     write_file(ROOT / "docs" / "sentiment_frontier.png", figures.as_png(figure))
-    document = ROOT / "docs" / "results.md"
-    text = document.read_text(encoding="utf-8")
-    begin, end = "<!-- frontier: begin -->", "<!-- frontier: end -->"
-    if begin not in text:
-        text += f"\n{begin}\n{end}\n"
-    before, after = text.split(begin)[0], text.split(end)[1]
-    text = f"{before}{begin}\n{SECTION.format(seed=seed, table=table)}{end}{after}"
-    write_file(document, text.encode("utf-8"))
+    write_section("frontier", SECTION.format(seed=seed, table=table))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         }
     )
     ppo.optimizer = default_optimizer_config(learning_rate=1e-5, eps=1e-5, schedule="linear")
-    ppo.data = default_data_config(source=PROMPTS, max_length=256)
+    ppo.data = default_data_config(source=PROMPTS, max_length=128)
     ppo.sampling = default_sampling_config(prompts=32, max_new_tokens=32)
     ppo.kl.coefficient = 0.001
     ppo.update(num_iterations=8, epochs=1, minibatches=4)

@@ -28,6 +28,7 @@ reference log-probabilities, summed over a completion.
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from align_jax.algorithms.policy_trainer import Trainer
@@ -47,7 +48,7 @@ from align_jax.models.families import ModelError
 from align_jax.models.locate import locate
 from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
-from align_jax.rewards.base import check_records
+from align_jax.rewards.base import check_records, checked_scores
 from align_jax.rewards.configured import make_reward
 from align_jax.training import offline, online
 from align_jax.training.errors import RunError
@@ -113,6 +114,7 @@ def default_policy_gradient_config() -> ConfigDict:
             # Held-out prompts, and samples of each before and after training; "": none.
             "evaluation": {
                 "source": "",
+                "reward": "",  # a kind without keys, or package.module:function; "": config.reward
                 "prompts": 40,
                 "base_samples": 16,
                 "trained_samples": 8,
@@ -210,6 +212,14 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         )
     reward = make_reward(config.reward, tokenizer=tokenizer, mesh=offline.open_mesh(config))
     check_records(reward, records)
+    judged_by = reward
+    if held_out.reward:
+        judged_by = make_reward(
+            held_out.reward,
+            tokenizer=tokenizer,
+            mesh=offline.open_mesh(config),
+            key="config.evaluation.reward",
+        )
     for name in ("init", "critic_init"):
         if config[name] and offline.run_at(config[name]) is None:
             try:
@@ -222,22 +232,29 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     reference = without_adapters(model)
     if held_out.source:
         held_out_records, held_out_examples = load(held_out.source)
+        check_records(judged_by, held_out_records)
         count = min(held_out.prompts, len(held_out_examples))
         held_out_examples = held_out_examples[:count]
 
         def draw(name: str, policy: Transformer, samples: int, fold: int) -> list[Sample]:
-            return draw_samples(
+            prompts = [held_out_records[example.id] for example in held_out_examples]
+            drawn = draw_samples(
                 policy,
                 mesh,
                 tokenizer,
-                [held_out_records[example.id] for example in held_out_examples],
+                prompts,
                 [example.prompt for example in held_out_examples],
                 count=samples,
                 sampling=sampling,
-                reward=reward,
+                reward=judged_by,
                 key=jax.random.fold_in(key, fold),
                 description=name,
             )
+            if not held_out.reward:
+                return drawn
+            repeated = [record for record in prompts for _ in range(samples)]
+            trained_on = checked_scores(reward, repeated, [sample["text"] for sample in drawn])
+            return [s | {"training_score": float(x)} for s, x in zip(drawn, trained_on)]
 
         base_samples = phases.run(
             "sample_base", lambda: draw("sampling base", reference, held_out.base_samples, 0)
@@ -265,6 +282,12 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     trained_samples = phases.run("sample_trained", sample_trained)
     summary = summarise(base_samples, trained_samples, held_out)
     summary |= {"train": rows[0], "seconds": phases.seconds, "seed": config.seed}
+    if held_out.reward:
+        # Beside the reward of the report: whether what was trained on is what was wanted.
+        summary["training_reward"] = {
+            name: float(np.mean([sample["training_score"] for sample in samples]))
+            for name, samples in (("base", base_samples), ("trained", trained_samples))
+        }
     summary["config"] = config.to_dict()
     title = f"{config.loss}/{config.advantage} on {config.data.source}: {config.model}"
     write_comparison(workdir.path, title, summary, base_samples, trained_samples, held_out)

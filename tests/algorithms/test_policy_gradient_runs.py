@@ -1,9 +1,14 @@
 """Policy-gradient experiments from the config on: what is refused, reported, saved."""
 
+import json
+
+import numpy as np
 import pytest
 
 from align_jax.algorithms import policy_gradient
-from align_jax.rewards.base import RewardError
+from align_jax.rewards.base import RewardError, checked_scores
+from align_jax.rewards.configured import make_reward
+from align_jax.rewards.rules import vader_sentiment
 from align_jax.training import online
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.errors import RunError
@@ -32,6 +37,7 @@ from align_jax.training.workdir import Workdir
         ({"init": "/nowhere"}, "config.init: there is no model at /nowhere"),
         ({"critic_init": "/nowhere"}, "config.critic_init: there is no model at /nowhere"),
         ({"reward.kind": "joy"}, "config.reward.*joy"),
+        ({"evaluation.reward": "joy"}, "config.evaluation.reward.*joy"),
         ({"sampling.prompts": 1000}, "config.sampling.prompts = 1000 is more than there are"),
     ],
 )
@@ -55,6 +61,24 @@ def test_a_whole_run_reports_and_is_not_run_again(tiny_config, tmp_path, monkeyp
     again = policy_gradient.run(config, workdir)
     assert again["trained"] == summary["trained"]
     assert policy_gradient.evaluate(config, workdir)["trained"] == summary["trained"]
+
+
+def test_held_out_samples_may_be_judged_by_another_reward(tiny_config, tmp_path):
+    settings = {"num_iterations": 1, "epochs": 1, "evaluation.reward": "vader"}
+    config = tiny_config("ppo", settings)
+    workdir = Workdir(tmp_path / "run", config)
+    summary = policy_gradient.run(config, workdir)
+    for name in ("base", "trained"):
+        lines = (tmp_path / f"run/samples/sample_{name}.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        texts = [sample["text"] for sample in samples]
+        np.testing.assert_allclose(
+            [sample["score"] for sample in samples], vader_sentiment(texts), atol=1e-6
+        )
+        lengths = checked_scores(make_reward("length"), [{}] * len(texts), texts)
+        trained_on = [sample["training_score"] for sample in samples]
+        np.testing.assert_allclose(trained_on, lengths, atol=1e-6)
+        assert summary["training_reward"][name] == pytest.approx(lengths.mean())
 
 
 def test_adapters_alone_are_trained_and_the_base_is_the_reference(tiny_config, tmp_path):

@@ -1,0 +1,18 @@
+"""docs/results.md: one section for each benchmark that measures something, between its marks."""
+
+from pathlib import Path
+
+from align_jax.training.workdir import write_file
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_section(name: str, text: str) -> None:
+    """Puts `text` between the marks of `name`, at the end of the document if it has none yet."""
+    file = ROOT / "docs" / "results.md"
+    document = file.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if begin not in document:
+        document += f"\n{begin}\n{end}\n"
+    before, after = document.split(begin)[0], document.split(end)[1]
+    write_file(file, f"{before}{begin}\n{text.strip()}\n{end}{after}".encode())
