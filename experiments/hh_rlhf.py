@@ -1,12 +1,15 @@
 """A helpful and harmless assistant (Bai et al. 2022, arXiv:2204.05862, sections 3 and 4).
 
+    launch/local.sh experiments/hh_rlhf.py
     launch/local.sh experiments/hh_rlhf.py --config.harmless.data.source=harmless.jsonl.gz \
-        --config.helpful.data.source=helpful.jsonl.gz --config.ppo.data.source=prompts.jsonl
+        --config.helpful.data.source=helpful.jsonl.gz --config.ppo.data.source=prompts.jsonl \
+        --config.harmless.normalization.source=prompts.jsonl \
+        --config.helpful.normalization.source=prompts.jsonl
 
 Two preference models, one on comparisons for helpfulness and one on red-teaming dialogues, and PPO
 against r_PM - lambda_KL KL with their sum as r_PM. As in the paper: lambda_KL = 0.001. What
 differs: the paper trains one preference model on the mixture of the data; two models whose scores
-are added let the report show either (`objective/scores/helpful`, `/harmless`), and each is
+are added let the metrics show either (`objective/scores/helpful`, `/harmless`), and each is
 normalised to mean 0 and standard deviation 1 on the policy's samples first, so that weights mean
 what they say. Its online training is in rounds of weeks: `experiments/ziegler2019_sentiment.py`
 has the rounds. At `small`: SmolLM2, built-in made data by default.
@@ -78,8 +81,9 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
             config.model = "meta-llama/Llama-2-7b-chat-hf"
             config.compute_dtype = "bfloat16"
             config.data.update(max_length=2048, rows=0)
+        # The files of Anthropic/hh-rlhf on the hub, as they lie there.
         for name, config in (("helpful-base", helpful), ("harmless-base", harmless)):
-            config.data.update(source=f"hf:Anthropic/hh-rlhf@{name}#train", batch_size=64)
+            config.data.update(source=f"{name}/train.jsonl.gz", batch_size=64)
             config.normalization.update(policy=config.model, limit=1024, max_new_tokens=128)
             config.normalization.source = "prompts.jsonl"
         ppo.data.source = "prompts.jsonl"

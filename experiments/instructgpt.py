@@ -3,6 +3,7 @@
     launch/local.sh experiments/instructgpt.py
     launch/local.sh experiments/instructgpt.py --config.sft.data.source=demonstrations.jsonl \
         --config.reward.data.source=ranked.jsonl --config.ppo.data.source=prompts.jsonl \
+        --config.reward.normalization.source=demonstrations.jsonl \
         --config.ppo.ptx.source=demonstrations.jsonl
 
 As in the paper: the reward model learns from all pairs of a ranking in one forward pass and is
@@ -70,8 +71,11 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
             config.data.max_length = 2048
         sft.data.update(source="demonstrations.jsonl", batch_size=32)
         sft.num_epochs = 16.0
-        reward.data.update(source="ranked.jsonl", batch_size=64)
-        reward.normalization.update(source="demonstrations.jsonl")
+        # A row holds a prompt and up to 9 responses.
+        buckets = tuple(2048 * i for i in range(1, 10))
+        reward.data.update(source="ranked.jsonl", batch_size=64, length_buckets=buckets)
+        reward.data.target_buckets = buckets
+        reward.normalization.update(source="demonstrations.jsonl", limit=1000)
         ppo.data.source = "prompts.jsonl"
         ppo.sampling.update(prompts=512, max_new_tokens=1024)
         ppo.update(num_iterations=500, minibatches=8)

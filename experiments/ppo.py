@@ -9,7 +9,7 @@ openings of film reviews, VADER itself as the reward (the learned one is in
 experiments/ziegler2019_sentiment.py), a critic with a trunk of its own, a fixed KL coefficient, two
 passes over each iteration's 40 completions (4 of each of 10 openings, as in experiments/rloo.py).
 
-`scale=tiny` takes under a minute; the tests see PPO improve there on each of 8 seeds.
+`scale=tiny` takes under a minute; the tests see PPO improve a tiny model on each of 8 seeds.
 `scale=small` has not been measured yet. `scale=paper` has the sizes of Stiennon et al. 2020 with a
 Llama 2 7B; not run.
 """

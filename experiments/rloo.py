@@ -45,7 +45,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         config.compute_dtype = "bfloat16"
         config.kl.coefficient = 0.1
         config.optimizer.learning_rate = 1e-6
-        config.data.update(source="hf:Anthropic/hh-rlhf#train", max_length=1024)
+        config.data.update(source="prompts.jsonl", max_length=1024)
         config.sampling.update(prompts=128, max_new_tokens=256)
         config.reward.update(kind="model", path="reward_model")
         config.evaluation.source = ""

@@ -2,7 +2,8 @@
 
     launch/local.sh experiments/stiennon2020_summarize.py
     launch/local.sh experiments/stiennon2020_summarize.py --config.sft.data.source=sft.jsonl \
-        --config.reward.data.source=pairs.jsonl --config.ppo.data.source=posts.jsonl
+        --config.reward.data.source=pairs.jsonl --config.ppo.data.source=posts.jsonl \
+        --config.reward.normalization.source=sft.jsonl
 
 As in the paper: pairwise comparisons, the reward model started from the SFT model and shifted so
 that the reference summaries have mean 0, a critic of its own started from the reward model, a fixed

@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from align_jax.training.errors import RunError
 
-# What `config.algorithm` may say, and the module with its run and evaluate, of (config, workdir).
+# What `config.algorithm` may say, and the module with its `run` and `evaluate`, of (config,
+# workdir), its `check`, of a config alone, and `sources`, what it reads.
 ALGORITHMS = {
     "sft": "align_jax.algorithms.sft",
     "preference": "align_jax.algorithms.preference",

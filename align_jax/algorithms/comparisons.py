@@ -23,8 +23,13 @@ def load_comparisons(config: ConfigDict, tokenizer: Any) -> tuple[list[Example],
     """Examples to train on and to evaluate on, as of `prepare`.
 
     Raises:
-      RunError: more records held out than there are; see `prepare`.
+      RunError: more records held out than there are, or another source for them too; see `prepare`.
     """
+    if config.held_out and config.data.eval_source:
+        raise RunError(
+            f"config.held_out = {config.held_out} and config.data.eval_source both say what to "
+            "evaluate on: set one of them."
+        )
     examples = load_source(config, config.data.source, tokenizer)
     kept = len(examples) - config.held_out
     if not 0 < kept <= len(examples):
@@ -41,8 +46,12 @@ def load_comparisons(config: ConfigDict, tokenizer: Any) -> tuple[list[Example],
 
 def load_source(config: ConfigDict, source: str, tokenizer: Any) -> list[Example]:
     """The examples of one source, not yet as of `prepare`."""
-    kind = "preference" if config.loss == "pairwise" else "ranked"
-    return offline.load_examples(config.data, source, tokenizer, kind=kind)
+    return offline.load_examples(config.data, source, tokenizer, kind=comparisons_kind(config))
+
+
+def comparisons_kind(config: ConfigDict) -> str:
+    """The kind of record that the config's loss learns from."""
+    return "preference" if config.loss == "pairwise" else "ranked"
 
 
 def prepare(
@@ -122,10 +131,13 @@ def attach(example: Example) -> dict[str, np.ndarray]:
 
 def pairs_of(examples: Sequence[Example], scores: np.ndarray) -> dict[str, Any]:
     """Every pair that the ranks order, of scores `[examples, K]`: arguments of `calibrate`."""
-    pairs: dict[str, list] = {"chosen": [], "rejected": [], "groups": [], "strengths": []}
-    for example, row in zip(examples, scores, strict=True):
+    pairs: dict[str, list] = {
+        name: [] for name in ("chosen", "rejected", "responses", "groups", "strengths")
+    }
+    for number, (example, row) in enumerate(zip(examples, scores, strict=True)):
         ranks = example.extras["ranks"]
         for i, j in np.argwhere(ranks[:, None] < ranks[None, :]):
+            pairs["responses"].append((number * len(ranks) + i, number * len(ranks) + j))
             pairs["chosen"].append(row[i])
             pairs["rejected"].append(row[j])
             pairs["groups"].append(example.prompt.tobytes().hex())

@@ -32,7 +32,6 @@ from align_jax.evaluation.policies import (
     write_comparison,
 )
 from align_jax.evaluation.report import format_summary
-from align_jax.models.interchange import load_tokenizer
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.rules import RULES
 from align_jax.training import offline
@@ -41,14 +40,22 @@ from align_jax.training.phases import Phases
 from align_jax.training.workdir import Workdir
 
 
-def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    """Runs every phase that has not been run; returns the summary of the report."""
+def sources(config: ConfigDict) -> list[tuple[str, str]]:
+    """None: the openings are made, and what is trained on is sampled."""
+    return []
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `RunError` for a config that no model could make right."""
     if config.reward not in RULES:
         raise RunError(f"config.reward is {config.reward!r}; expected one of {sorted(RULES)}.")
-    preference.make_loss(config)
+    preference.check(config)
     if config.loss in ("kto", "ld_dpo"):
         raise RunError(f"config.loss = {config.loss!r} needs other examples than sampled pairs.")
     s, e = config.sampling, config.evaluation
+    if s.temperature != 1.0:
+        # The sampler's log-probabilities are the reference's, and the trainer's are at 1.
+        raise RunError(f"config.sampling.temperature is {s.temperature}; expected 1.0.")
     for name, count, least in (
         ("sampling.samples", s.samples, 2),
         ("evaluation.base_samples", e.base_samples, 4 * DISTINCT_SAMPLES),
@@ -56,7 +63,13 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     ):
         if count < least:
             raise RunError(f"config.{name} is {count}; expected at least {least}.")
-    tokenizer = load_tokenizer(config.model)
+
+
+def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """Runs every phase that has not been run; returns the summary of the report."""
+    check(config)
+    s, e = config.sampling, config.evaluation
+    tokenizer = offline.load_pretrained_tokenizer(config.model)
     phases = Phases(workdir.path)
     train_openings = review_openings("train", s.prompts, seed=config.seed)
     held_out = review_openings("held_out", e.prompts, seed=config.seed)

@@ -52,7 +52,8 @@ def make_online_config(
             "rounds": rounds,
             "prompts": prompts,  # of a round
             "samples": samples,  # of each prompt, all compared with each other
-            "comparer": {"kind": "oracle", "reward": "vader"},  # see docs/rewards.md
+            # See docs/rewards.md; `reward` is for the kind `oracle`, `model` for `judge`.
+            "comparer": {"kind": "oracle", "reward": "vader", "model": ""},
             "reward_model": reward_model,
             "policy": policy,
         }
@@ -61,7 +62,9 @@ def make_online_config(
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Runs the rounds that are not finished; returns the summaries of each round's two runs."""
-    _check(config)
+    check(config)
+    # A comparer that cannot be made stops the run before anything is sampled for it.
+    make_comparer(config.comparer, directory=workdir.path, mesh=offline.open_mesh(config.policy))
     summaries: dict[str, Any] = {}
     for number in range(config.rounds):
         folder = workdir.path.resolve() / f"round_{number}"
@@ -97,7 +100,13 @@ def rank_by_wins(wins: np.ndarray) -> list[int]:
     return [int((wins > own).sum()) for own in wins]
 
 
-def _check(config: ConfigDict) -> None:
+def sources(config: ConfigDict) -> list[tuple[str, str]]:
+    """None: prompts are the first thing it reads, and comparisons are its own."""
+    return []
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `RunError` for a config that no data and no model could make right."""
     for name, least in (("rounds", 1), ("prompts", 1), ("samples", 2)):
         if config[name] < least:
             raise RunError(f"config.{name} is {config[name]}; expected at least {least}.")
@@ -111,7 +120,11 @@ def _check(config: ConfigDict) -> None:
             f"config.result is {config.result!r}; with config.rounds = {config.rounds} it is "
             f"round_{config.rounds - 1}/policy."
         )
-    policy_gradient.check_choices(config.policy, key="config.policy")
+    for name, algorithm in (("reward_model", reward_model), ("policy", policy_gradient)):
+        try:
+            algorithm.check(config[name])
+        except RunError as error:
+            raise RunError(f"in config.{name}: {error}") from error
 
 
 def _sample(config: ConfigDict, before: str, number: int) -> list[dict[str, Any]]:
@@ -122,25 +135,29 @@ def _sample(config: ConfigDict, before: str, number: int) -> list[dict[str, Any]
         policy.data, policy.data.source, tokenizer, max_new_tokens=policy.sampling.max_new_tokens
     )
     first = number * config.prompts
+    policy_gradient.check_count(policy, examples)
+    # Seed and key are not those of the policy's iterations, so prompts and draws differ.
     order = [
-        permutation(len(examples), config.seed, epoch)[place]
+        permutation(len(examples), config.seed + 2**34, epoch)[place]
         for epoch, place in (divmod(i, len(examples)) for i in range(first, first + config.prompts))
     ]
     settings = ConfigDict(policy.to_dict() | {"model": before or policy.model})
     model, mesh = offline.open_model(settings)
-    key = jax.random.fold_in(jax.random.key(config.seed), number)
-    return draw_samples(
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**31 + 1)
+    asked = [records[examples[i].id] for i in order]
+    samples = draw_samples(
         model,
         mesh,
         tokenizer,
-        [records[examples[i].id] for i in order],
+        asked,
         [examples[i].prompt for i in order],
         count=config.samples,
         sampling=policy.sampling,
         reward=lambda records, texts: np.zeros(len(texts)),  # what they are worth is to be asked
-        key=key,
+        key=jax.random.fold_in(key, number),
         description=f"sampling, round {number}",
     )
+    return [s | {"record": asked[i // config.samples]} for i, s in enumerate(samples)]
 
 
 def _compare(
@@ -155,7 +172,7 @@ def _compare(
     asked = [(group, i, j) for group in groups for i, j in pairs]
     probabilities = checked_probabilities(
         comparer,
-        [{"prompt": group[0]["prompt"]} for group, _, _ in asked],
+        [group[0]["record"] for group, _, _ in asked],
         [group[i]["text"] for group, i, _ in asked],
         [group[j]["text"] for group, _, j in asked],
     ).reshape(len(groups), len(pairs))
@@ -181,15 +198,17 @@ def _completion(prompt: Any, text: str) -> Any:
 
 def _reward_config(config: ConfigDict, folder: Path, number: int) -> ConfigDict:
     """This round's reward model, on the comparisons of every round so far that decide anything."""
-    records = [
+    compared = [
         record
         for past in range(number + 1)
         for record in Phases(folder / f"round_{past}").read("comparisons")
-        if len(set(record["ranks"])) > 1
     ]
+    records = [record for record in compared if len(set(record["ranks"])) > 1]
     if config.reward_model.loss == "best_of_k":
         # A shared first place names no best one.
         records = [record for record in records if record["ranks"].count(0) == 1]
+    if left_out := len(compared) - len(records):
+        print(f"Round {number}: {left_out} of {len(compared)} rankings decide nothing: left out.")
     if not records:
         raise RunError(
             f"every comparison of round {number} is a tie, so there is nothing to learn from: "

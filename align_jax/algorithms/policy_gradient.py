@@ -11,12 +11,16 @@ They differ in three choices, each a field of the config: `loss` (what a token's
 
     PPO         loss=ppo        advantage=gae              a critic; Schulman et al. 2017
     PPO-ptx     and ptx.source, ptx.gamma                  Ouyang et al. 2022, eq. 2
-    REINFORCE   loss=reinforce  advantage=moving_baseline  Williams 1992
-    RLOO        loss=reinforce  advantage=rloo             Ahmadian et al. 2024
-    GRPO        loss=ppo        advantage=grpo             Shao et al. 2024; kl.placement=loss
+    REINFORCE   loss=reinforce  advantage=moving_baseline  aggregation=sum; Williams 1992
+    RLOO        loss=reinforce  advantage=rloo             aggregation=sum; Ahmadian et al. 2024
+    GRPO        loss=ppo        advantage=grpo             aggregation=grpo, kl.placement=loss; Shao
+                                                           et al. 2024
     Dr. GRPO    and scale_rewards=False, aggregation=dr_grpo      Liu et al. 2025
     DAPO        and aggregation=dapo, clip_range_high=0.28, dynamic_sampling, kl.coefficient=0
-    GSPO, CISPO loss=gspo, loss=cispo
+    GSPO        loss=gspo       and GRPO's, clip_range=3e-4, clip_range_high=4e-4: of the ratio of a
+                                                           whole completion; Zheng et al. 2025
+    CISPO       loss=cispo      and GRPO's, clip_range=1, clip_range_high=4: of the weight, no lower
+                                                           bound; MiniMax 2025
     online DPO  loss=dpo        beta is kl.coefficient     Guo et al. 2024 (OAIF)
 
 Old, new and reference log-probabilities are all taken at the sampling temperature. The old ones are
@@ -25,6 +29,7 @@ were from them. The KL that is logged (`objective/kl`) is the one in the objecti
 reference log-probabilities, summed over a completion.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,6 +58,7 @@ from align_jax.rewards.configured import make_reward
 from align_jax.training import offline, online
 from align_jax.training.errors import RunError
 from align_jax.training.online import default_sampling_config
+from align_jax.training.optimizer import make_schedule
 from align_jax.training.phases import Phases
 from align_jax.training.workdir import Workdir
 
@@ -75,9 +81,11 @@ def default_policy_gradient_config() -> ConfigDict:
     return ConfigDict(
         {
             "algorithm": "policy_gradient",
-            "reward": {"kind": "vader"},  # and the keys of its kind, see docs/rewards.md
+            # `path` is for the kind `model`; other keys, see docs/rewards.md, in a config file.
+            "reward": {"kind": "vader", "path": ""},
             "init": "",  # model the policy starts from; "": config.model, which is the reference
             "num_iterations": 100,
+            "checkpoint_every": 10,  # iterations
             "sampling": default_sampling_config(),
             "epochs": 4,  # passes over the completions of an iteration
             "minibatches": 1,  # updates of a pass
@@ -123,54 +131,82 @@ def default_policy_gradient_config() -> ConfigDict:
     )
 
 
-def check_choices(config: ConfigDict, *, key: str = "config") -> None:
-    """Raises `RunError` for fields that say nothing we know or do not go together.
-
-    `key` is what messages call the config.
-    """
+def check(config: ConfigDict) -> None:
+    """Raises `RunError` for fields that say nothing we know or do not go together."""
     for name, choices in CHOICES.items():
-        value = config
-        for part in name.split("."):
-            value = value[part]
+        value = _field(config, name)
         if value not in choices:
-            raise RunError(f"{key}.{name} is {value!r}; expected one of {', '.join(choices)}.")
+            raise RunError(f"config.{name} is {value!r}; expected one of {', '.join(choices)}.")
     sampling, least = config.sampling, {}
-    for name in ("num_iterations", "epochs", "minibatches", "sampling.prompts"):
+    for name in ("num_iterations", "checkpoint_every", "epochs", "minibatches"):
+        least[name] = 1
+    for name in ("data.accumulation", "sampling.prompts", "sampling.max_new_tokens"):
         least[name] = 1
     least["sampling.samples"] = 2 if config.loss == "dpo" else 1
     if config.loss != "dpo" and config.advantage in ("rloo", "grpo"):
         least["sampling.samples"] = 2
-    least["sampling.max_new_tokens"] = 1
     if config.evaluation.source:
         least["evaluation.base_samples"] = 4 * DISTINCT_SAMPLES
         least["evaluation.trained_samples"] = DISTINCT_SAMPLES
     for name, bound in least.items():
-        value = config
-        for part in name.split("."):
-            value = value[part]
+        value = _field(config, name)
         if value < bound:
-            raise RunError(f"{key}.{name} is {value}; expected at least {bound}.")
+            raise RunError(f"config.{name} is {value}; expected at least {bound}.")
     if sampling.temperature <= 0:
         raise RunError(
-            f"{key}.sampling.temperature is {sampling.temperature}; a policy gradient needs "
+            f"config.sampling.temperature is {sampling.temperature}; a policy gradient needs "
             "samples, so expected more than 0."
         )
     parts = config.minibatches * config.data.accumulation
     if sampling.prompts % parts:
         raise RunError(
-            f"{key}.sampling.prompts = {sampling.prompts} is no multiple of {key}.minibatches x "
-            f"{key}.data.accumulation = {parts}."
+            f"config.sampling.prompts = {sampling.prompts} is no multiple of config.minibatches x "
+            f"config.data.accumulation = {parts}."
         )
     needs_critic = config.loss != "dpo" and config.advantage == "gae"
-    if needs_critic != (config.critic != "none"):
+    if needs_critic and config.critic == "none":
         raise RunError(
-            f"{key}.advantage=gae needs a critic: set {key}.critic to separate or shared."
-            if needs_critic
-            else f"{key}.critic is {config.critic!r}, but only {key}.advantage=gae has a critic; "
-            f"set {key}.critic=none."
+            "config.advantage=gae needs a critic: set config.critic to separate or shared."
         )
-    if config.kl.placement == "loss" and config.kl.target > 0:
-        raise RunError(f"{key}.kl.target needs {key}.kl.placement=reward.")
+    if not needs_critic and config.critic != "none":
+        method = "config.loss=dpo" if config.loss == "dpo" else "this config.advantage"
+        raise RunError(
+            f"config.critic is {config.critic!r}, but {method} has none; set config.critic=none."
+        )
+    if config.kl.target > 0 and (config.kl.placement == "loss" or config.loss == "dpo"):
+        raise RunError(
+            "config.kl.target needs config.kl.placement=reward and another config.loss than dpo, "
+            "whose beta is fixed."
+        )
+    if config.loss == "reinforce" and config.epochs * config.minibatches > 1:
+        raise RunError(
+            f"config.epochs = {config.epochs} and config.minibatches = {config.minibatches}: "
+            "config.loss=reinforce does not correct for a policy that has moved on; set both to 1, "
+            "or config.loss=ppo."
+        )
+    if config.advantage == "moving_baseline" and sampling.prompts * sampling.samples < 2:
+        raise RunError(
+            "config.advantage=moving_baseline needs two completions in the first iteration: raise "
+            "config.sampling.prompts or config.sampling.samples."
+        )
+    if config.ptx.source and config.ptx.batch_size % config.data.accumulation:
+        raise RunError(
+            f"config.ptx.batch_size = {config.ptx.batch_size} is no multiple of "
+            f"config.data.accumulation = {config.data.accumulation}."
+        )
+    make_schedule(config.optimizer, 1)
+
+
+def _field(config: ConfigDict, name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def sources(config: ConfigDict) -> list[tuple[str, str]]:
+    """Where records come from, and of which kind."""
+    prompts = [(config.data.source, "prompt"), (config.evaluation.source, "prompt")]
+    return [*prompts, (config.ptx.source, "sft")]
 
 
 def load_prompts(
@@ -195,9 +231,18 @@ def load_prompts(
     return records, examples
 
 
+def check_count(config: ConfigDict, examples: Sequence[Example]) -> None:
+    """Raises `RunError` if there are fewer prompts than one iteration takes."""
+    if config.sampling.prompts > len(examples):
+        raise RunError(
+            f"config.sampling.prompts = {config.sampling.prompts} is more than there are prompts "
+            f"in {config.data.source}: {len(examples)}."
+        )
+
+
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Trains a policy, samples it on held-out prompts if there are any, and writes the report."""
-    check_choices(config)
+    check(config)
     tokenizer = offline.load_pretrained_tokenizer(config.model)
     sampling, held_out = config.sampling, config.evaluation
     online.stop_tokens(tokenizer, sampling)
@@ -205,11 +250,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         config.data, source, tokenizer, max_new_tokens=sampling.max_new_tokens
     )
     records, examples = load(config.data.source)
-    if sampling.prompts > len(examples):
-        raise RunError(
-            f"config.sampling.prompts = {sampling.prompts} is more than there are prompts: "
-            f"{len(examples)}."
-        )
+    check_count(config, examples)
     reward = make_reward(config.reward, tokenizer=tokenizer, mesh=offline.open_mesh(config))
     check_records(reward, records)
     judged_by = reward
@@ -220,6 +261,12 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             mesh=offline.open_mesh(config),
             key="config.evaluation.reward",
         )
+    if held_out.source and getattr(judged_by, "relative", False):
+        raise RunError(
+            "config.reward is standardised over the completions scored together, so held-out "
+            "samples before and after training cannot be compared by it: name another reward in "
+            "config.evaluation.reward, or set config.evaluation.source='' for no such samples."
+        )
     for name in ("init", "critic_init"):
         if config[name] and offline.run_at(config[name]) is None:
             try:
@@ -228,37 +275,13 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
                 raise RunError(f"config.{name}: {error}") from error
     phases = Phases(workdir.path)
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
-    model, mesh = offline.open_model(config)
-    reference = without_adapters(model)
     if held_out.source:
         held_out_records, held_out_examples = load(held_out.source)
-        check_records(judged_by, held_out_records)
-        count = min(held_out.prompts, len(held_out_examples))
-        held_out_examples = held_out_examples[:count]
-
-        def draw(name: str, policy: Transformer, samples: int, fold: int) -> list[Sample]:
-            prompts = [held_out_records[example.id] for example in held_out_examples]
-            drawn = draw_samples(
-                policy,
-                mesh,
-                tokenizer,
-                prompts,
-                [example.prompt for example in held_out_examples],
-                count=samples,
-                sampling=sampling,
-                reward=judged_by,
-                key=jax.random.fold_in(key, fold),
-                description=name,
-            )
-            if not held_out.reward:
-                return drawn
-            repeated = [record for record in prompts for _ in range(samples)]
-            trained_on = checked_scores(reward, repeated, [sample["text"] for sample in drawn])
-            return [s | {"training_score": float(x)} for s, x in zip(drawn, trained_on)]
-
-        base_samples = phases.run(
-            "sample_base", lambda: draw("sampling base", reference, held_out.base_samples, 0)
-        )
+        for one in (reward, judged_by):
+            check_records(one, held_out_records)
+    model, mesh = offline.open_model(config)
+    offline.check_context(config, model)
+    reference = without_adapters(model)
     trainer = Trainer(
         config, workdir.path, mesh, tokenizer, model, reference, reward, records, examples
     )
@@ -266,6 +289,34 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     rows = phases.run("train", lambda: [trainer.fit()])
     if not held_out.source:
         return {"train": rows[0]}
+    # The base is sampled last, since the reference is there anyway: what is wrong with the training
+    # shows first.
+    count = min(held_out.prompts, len(held_out_examples))
+    held_out_examples = held_out_examples[:count]
+
+    def draw(name: str, policy: Transformer, samples: int, fold: int) -> list[Sample]:
+        prompts = [held_out_records[example.id] for example in held_out_examples]
+        drawn = draw_samples(
+            policy,
+            mesh,
+            tokenizer,
+            prompts,
+            [example.prompt for example in held_out_examples],
+            count=samples,
+            sampling=sampling,
+            reward=judged_by,
+            key=jax.random.fold_in(key, fold),
+            description=name,
+        )
+        if not held_out.reward:
+            return drawn
+        repeated = [record for record in prompts for _ in range(samples)]
+        trained_on = checked_scores(reward, repeated, [sample["text"] for sample in drawn])
+        return [s | {"training_score": float(x)} for s, x in zip(drawn, trained_on)]
+
+    base_samples = phases.run(
+        "sample_base", lambda: draw("sampling base", reference, held_out.base_samples, 0)
+    )
 
     def sample_trained() -> list[Sample]:
         policy = offline.restored_model(config, workdir.path, mesh)

@@ -251,11 +251,14 @@ def make_loss(config: ConfigDict) -> LossFunction:
             loss = (batch["weights"] * policy_losses(new, old, batch)).sum()
         difference = stop_gradient(new) - old
         ratio = jnp.exp(difference)
+        clipped = ratio
+        if config.loss == "gspo":
+            clipped = pg.gspo_ratio(stop_gradient(new), old, mask)[:, None]
         upper = 1 + (high or config.clip_range)
         metrics = {
             "loss/policy_avg": loss,
             "policy/approxkl_avg": mean(pg.kl_estimate(old, stop_gradient(new), estimator="k2")),
-            "policy/clipfrac_avg": mean((ratio < 1 - config.clip_range) | (ratio > upper)),
+            "policy/clipfrac_avg": mean((clipped < 1 - config.clip_range) | (clipped > upper)),
             "policy/entropy_avg": mean(entropies),
             "val/ratio": mean(ratio),
         }

@@ -252,7 +252,8 @@ class Trainer:
             for index, example in enumerate(examples):
                 rows = rollout.rows([index])
                 own = {name: x[rows] for name, x in ({"": scores} | components).items()}
-                uniform = config.dynamic_sampling and own[""].min() == own[""].max()
+                learnt_from = with_missing_eos(config, own[""], rollout.ended[rows])
+                uniform = config.dynamic_sampling and learnt_from.min() == learnt_from.max()
                 (spare if uniform else kept).append((example, rollout.select([index]), own))
             if len(kept) >= wanted:
                 break

@@ -23,7 +23,6 @@ from align_jax.algorithms.pair_losses import LOSSES, make_pair_loss, needs_refer
 from align_jax.data.chat import Example
 from align_jax.data.formats import DataError
 from align_jax.losses.preference import wpo_weights
-from align_jax.models.interchange import load_tokenizer
 from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
 from align_jax.training import offline
@@ -112,10 +111,25 @@ def _single_metrics(values: dict[str, Array], beta: float) -> dict[str, Array]:
     }
 
 
+def check(config: ConfigDict) -> None:
+    """Raises `RunError` for a config that no data and no model could make right."""
+    make_loss(config)
+    offline.check_sizes(config)
+
+
+def sources(config: ConfigDict) -> list[tuple[str, str]]:
+    """Where records come from, and of which kind."""
+    kind = _kind(config)
+    return [(config.data.source, kind), (config.data.eval_source, kind)]
+
+
+def _kind(config: ConfigDict) -> str:
+    return "labelled" if config.loss == "kto" else "preference"
+
+
 def load_pairs(config: ConfigDict, source: str, tokenizer: Any) -> list[Example]:
     """The examples of a source, each of two responses, as `config.loss` wants them."""
-    kind = "labelled" if config.loss == "kto" else "preference"
-    examples = offline.load_examples(config.data, source, tokenizer, kind=kind)
+    examples = offline.load_examples(config.data, source, tokenizer, kind=_kind(config))
     if config.loss == "kto":
         return with_mismatched(examples, config.data.max_length)
     if config.loss == "ld_dpo":
@@ -203,12 +217,13 @@ def train(
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Trains as configured, the model it starts from being the reference; returns the summary."""
-    make_loss(config)
-    tokenizer = load_tokenizer(config.model)
+    check(config)
+    tokenizer = offline.load_pretrained_tokenizer(config.model)
     examples = load_pairs(config, config.data.source, tokenizer)
     held_out = _held_out(config, tokenizer)
     model, mesh = offline.open_model(config)
     offline.check(config, workdir.path, model, len(examples))
+    offline.check_lengths(config.data, examples)
     reference = _reference(config, model, mesh, examples)
     held_out_reference = _reference(config, model, mesh, held_out)
     model = train(config, workdir, model, mesh, examples, reference)
@@ -217,7 +232,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Loss, accuracy and margin of the trained implicit reward on `config.data.eval_source`."""
-    held_out = _held_out(config, load_tokenizer(config.model))
+    held_out = _held_out(config, offline.load_pretrained_tokenizer(config.model))
     base, mesh = offline.open_model(config)
     model = offline.restored_model(config, workdir.path, mesh)
     reference = _reference(config, base, mesh, held_out)

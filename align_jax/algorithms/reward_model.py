@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from align_jax.algorithms import reward_normalization
 from align_jax.algorithms.comparisons import (
     attach,
+    comparisons_kind,
     load_comparisons,
     load_source,
     pairs_of,
@@ -70,7 +71,8 @@ def default_reward_model_config() -> ConfigDict:
         {
             "algorithm": "reward_model",
             "loss": "pairwise",
-            # {strength: margin}, a name of comparisons.MARGINS, or "": the records' own `margin`.
+            # A name of comparisons.MARGINS, or "": the records' own `margin`. In a config file also
+            # {strength: margin}, assigned within `with config.ignore_type():`.
             "margins": "",
             "label_smoothing": 0.0,
             "center_coefficient": 0.0,
@@ -99,6 +101,14 @@ def make_loss(config: ConfigDict) -> LossFunction:
     """
     if config.loss not in LOSSES:
         raise RunError(f"config.loss is {config.loss!r}; expected one of {', '.join(LOSSES)}.")
+    if not 0 <= config.label_smoothing < 0.5:
+        raise RunError(
+            f"config.label_smoothing is {config.label_smoothing}; expected from 0 to below 0.5."
+        )
+    if config.center_coefficient < 0:
+        raise RunError(
+            f"config.center_coefficient is {config.center_coefficient}; expected 0 or more."
+        )
     if config.loss != "pairwise":
         for name in ("margins", "label_smoothing", "center_coefficient"):
             if config[name]:
@@ -160,12 +170,26 @@ def score_examples(
     return scores.astype(np.float64)
 
 
-def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    """Trains every member, sets its zero and unit, saves all as one; returns the summary."""
+def check(config: ConfigDict) -> None:
+    """Raises `RunError` for a config that no data and no model could make right."""
     make_loss(config)
     reward_normalization.check(config)
     if config.ensemble < 1:
         raise RunError(f"config.ensemble is {config.ensemble}; expected at least 1.")
+    offline.check_sizes(config)
+
+
+def sources(config: ConfigDict) -> list[tuple[str, str]]:
+    """Where records come from, and of which kind."""
+    kind = comparisons_kind(config)
+    n = config.normalization
+    reference = [(n.source, "prompt" if n.policy else "sft")] if n.kind != "none" else []
+    return [(config.data.source, kind), (config.data.eval_source, kind), *reference]
+
+
+def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """Trains every member, sets its zero and unit, saves all as one; returns the summary."""
+    check(config)
     tokenizer = offline.load_pretrained_tokenizer(config.model)
     examples, held_out = load_comparisons(config, tokenizer)
     mesh = offline.open_mesh(config)
@@ -180,10 +204,15 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         shutil.rmtree(partial, ignore_errors=True)
         for member in range(config.ensemble):
             model = train_member(config, workdir, member, examples)
-            scale = RewardScale(max_length=config.data.max_length)
+            data = config.data
+            scale = RewardScale(
+                max_length=data.max_length,
+                max_prompt_length=data.max_prompt_length or None,
+                min_prompt_length=data.min_prompt_length,
+            )
             if reference is not None:
                 raw = RewardModel([(model, scale)], tokenizer, mesh=mesh).member_scores(*reference)
-                scale = reward_normalization.scale_from(config, raw[0], config.data.max_length)
+                scale = reward_normalization.scale_from(config, raw[0], scale)
             if held_out:
                 scalars.append(score_examples(model, mesh, held_out, config.data))
             target = partial / str(member) if config.ensemble > 1 else partial

@@ -1,5 +1,6 @@
 """The zero and the unit of a trained reward: gain and bias from texts of a reference policy."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def reference_texts(
     if n.policy:
         file = workdir.path / "samples" / "reference.jsonl"
         if not file.exists():
-            records = load_records(source, kind="prompt", limit=limit)
+            records = load_records(source, kind="prompt", limit=limit, invalid=config.data.invalid)
             texts = _sample(config, records, mesh)
             lines = [
                 json.dumps({"prompt": record["prompt"], "completion": text}) + "\n"
@@ -63,12 +64,22 @@ def reference_texts(
             file.parent.mkdir(exist_ok=True)
             write_file(file, "".join(lines).encode("utf-8"))
         source = str(file)
-    records = load_records(source, kind="sft", limit=limit)
-    for record in records:
-        if "completion" not in record:
-            raise RunError(f"{record['where']}: a reference text needs 'prompt' and 'completion'.")
+    records = [
+        _with_completion(record)
+        for record in load_records(source, kind="sft", limit=limit, invalid=config.data.invalid)
+    ]
     texts = [record["completion"] for record in records]
     return records, [text if isinstance(text, str) else text[0]["content"] for text in texts]
+
+
+def _with_completion(record: Record) -> Record:
+    """A demonstration as prompt and completion; of a dialogue the last turn is the completion."""
+    if "messages" in record:
+        *prompt, answer = record["messages"]
+        record = record | {"prompt": prompt, "completion": [answer]}
+    if "completion" not in record:
+        raise RunError(f"{record['where']}: a reference text needs 'prompt' and 'completion'.")
+    return record
 
 
 def _sample(config: ConfigDict, records: Sequence[Record], mesh: Mesh) -> list[str]:
@@ -89,8 +100,8 @@ def _sample(config: ConfigDict, records: Sequence[Record], mesh: Mesh) -> list[s
     return texts
 
 
-def scale_from(config: ConfigDict, scalars: np.ndarray, max_length: int) -> RewardScale:
-    """The scale that gives reference scalars `[N]` mean 0 and, for "mean_std", deviation 1.
+def scale_from(config: ConfigDict, scalars: np.ndarray, scale: RewardScale) -> RewardScale:
+    """`scale` with what gives reference scalars `[N]` mean 0 and, for "mean_std", deviation 1.
 
     Sources: Ziegler et al. 2019 (arXiv:1909.08593), section 2; Stiennon et al. 2020
     (arXiv:2009.01325), section 3.4: only the mean, over the demonstrations.
@@ -108,4 +119,4 @@ def scale_from(config: ConfigDict, scalars: np.ndarray, max_length: int) -> Rewa
     gain = 1 / std if n.kind == "mean_std" else 1.0
     origin: dict[str, Any] = {"normalization": n.to_dict(), "texts": len(scalars)}
     origin |= {"mean": mean, "std": std, "model": config.model}
-    return RewardScale(gain, -gain * mean, max_length, origin)
+    return dataclasses.replace(scale, gain=gain, bias=-gain * mean, origin=origin)

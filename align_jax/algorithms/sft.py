@@ -29,8 +29,19 @@ def loss_sums(model: Transformer, batch: Batch) -> LossSums:
     return LossSums(nll.sum(), mask.sum(), metrics)
 
 
+def check(config: ConfigDict) -> None:
+    """Raises `RunError` for a config that no data and no model could make right."""
+    offline.check_sizes(config)
+
+
+def sources(config: ConfigDict) -> list[tuple[str, str]]:
+    """Where records come from, and of which kind."""
+    return [(config.data.source, KIND), (config.data.eval_source, KIND)]
+
+
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Trains as configured; returns the summary."""
+    check(config)
     tokenizer = offline.load_pretrained_tokenizer(config.model)
     examples = offline.load_examples(config.data, config.data.source, tokenizer, kind=KIND)
     held_out = _held_out(config, tokenizer)

@@ -14,6 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from align_jax.algorithms import algorithm_of
+from align_jax.data.formats import DataError
+from align_jax.data.sources import load_records
 from align_jax.training.errors import RunError
 from align_jax.training.workdir import Workdir
 
@@ -28,7 +30,7 @@ def make_stages_config(**stages: ConfigDict) -> ConfigDict:
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Runs the stages that are not finished; returns the summary of each."""
-    _check(config)
+    check(config)
     summaries = {}
     for name in config.order:
         stage = ConfigDict(_resolved(config[name].to_dict(), workdir))
@@ -50,20 +52,36 @@ def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     }
 
 
-def _check(config: ConfigDict) -> None:
-    """Raises `RunError` for a stage that is not there, or that is referred to before it is run."""
+def sources(config: ConfigDict) -> list[tuple[str, str]]:
+    """None of its own: `check` reads those of the stages."""
+    return []
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `RunError` for what would stop a later stage once the earlier ones have been paid for.
+
+    A stage that is not there or is referred to before it is run, a config or data that is wrong.
+    """
     before: list[str] = []
     for name in config.order:
         if name not in config:
             raise RunError(f"config.order has the stage {name!r}, but there is no config.{name}.")
-        algorithm_of(config[name], key=f"config.{name}")
-        for value in _texts(config[name].to_dict()):
-            stage = value.removeprefix(PREFIX).split("/")[0]
-            if value.startswith(PREFIX) and stage not in before:
+        stage, algorithm = config[name], algorithm_of(config[name], key=f"config.{name}")
+        for value in _texts(stage.to_dict()):
+            earlier = value.removeprefix(PREFIX).split("/")[0]
+            if value.startswith(PREFIX) and earlier not in before:
                 raise RunError(
                     f"config.{name} refers to {value!r}; the stages before it are "
                     f"{', '.join(before) or 'none'}."
                 )
+        try:
+            algorithm.check(stage)
+            for source, kind in algorithm.sources(stage):
+                if source and not source.startswith(PREFIX):
+                    limit = stage.data.limit or None
+                    load_records(source, kind=kind, limit=limit, invalid=stage.data.invalid)
+        except (RunError, DataError) as error:
+            raise RunError(f"in config.{name}: {error}") from error
         before.append(name)
     if config.result not in before:
         raise RunError(f"config.result is {config.result!r}; expected one of {before}.")

@@ -200,6 +200,11 @@ def _messages(value: Any, field: str, where: str) -> Messages:
             )
             hint = f"; did you mean '{near}'?" if near else ""
             raise _wrong(where, f"{at}.role", role, "one of " + ", ".join(ROLES) + hint)
+        if message.get("tool_calls"):
+            raise DataError(
+                f"{where}: field '{at}': 'tool_calls' are not rendered, so what the message says "
+                "would be lost; write the call into 'content'"
+            )
         content = _text(message["content"], f"{at}.content", where)
         messages.append({"role": role, "content": content})
     return messages

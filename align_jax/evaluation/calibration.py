@@ -27,6 +27,7 @@ def calibrate(
     chosen: np.ndarray,
     rejected: np.ndarray,
     *,
+    responses: Sequence[tuple[int, int]] | None = None,
     groups: Sequence[Hashable] | None = None,
     strengths: Sequence[str | None] | None = None,
     bins: int = BINS,
@@ -37,6 +38,8 @@ def calibrate(
 
     Args:
       chosen, rejected: rewards `[N]` on the scale of log-odds (before any gain).
+      responses: numbers of the chosen and the rejected response of each pair, so that pairs of one
+        ranking are known to share them; by default every pair has two of its own.
       groups: the prompt of each pair; by default every pair has its own.
       strengths: how strong each preference was, for accuracies by strength; None where unknown.
       bins: of equal width in confidence, from 0.5 to 1.
@@ -46,7 +49,8 @@ def calibrate(
       `pairs`, `prompts`; `accuracy`, `brier` (mean of (1 - p)^2), `nll` (nats a pair), `ece` (mean
       over pairs of |accuracy - confidence| of their bin), each with `_ci95` [low, high];
       `ece_if_calibrated`, the mean and the 95 % quantile of the ECE of a model that is right
-      exactly as often as it says, on as many pairs: ECE is never below 0, so chance alone lifts it;
+      exactly as often as it says, on as many pairs of as many responses (rankings are drawn from
+      Plackett-Luce, whose pairs are Bradley-Terry): ECE is never below 0, so chance alone lifts it;
       `reliability`, a row a bin that holds pairs; `by_difference`, a row for each eighth of the
       pairs by |r_c - r_r|; `by_strength`; `rewards` of chosen and rejected: mean, std, quantiles.
 
@@ -82,11 +86,19 @@ def calibrate(
     ece = float(np.abs(gaps.sum(0)).sum() / len(chosen))
     resampled_gaps = weights @ _by_group(gaps, group, len(names))
     high = float(np.quantile(np.abs(resampled_gaps).sum(1) / resampled[:, 0], 0.975))
+    if responses is None:
+        responses = np.arange(2 * len(chosen)).reshape(-1, 2)
+    first, second = np.unique(np.asarray(responses), return_inverse=True)[1].reshape(-1, 2).T
+    logits = np.zeros(1 + max(first.max(), second.max()))
+    logits[first], logits[second] = chosen, rejected
+
+    def right_by_chance() -> np.ndarray:
+        # The order of logits with Gumbel noise is a draw from Plackett-Luce.
+        drawn = logits + rng.gumbel(size=logits.shape)
+        return (drawn[first] > drawn[second]) == (chosen > rejected)
+
     by_chance = np.array(
-        [
-            np.abs(np.bincount(place, (rng.random(len(chosen)) < confidence) - confidence)).sum()
-            for _ in range(resamples)
-        ]
+        [np.abs(np.bincount(place, right_by_chance() - confidence)).sum() for _ in range(resamples)]
     ) / len(chosen)
     calibrated = ece <= np.quantile(by_chance, 0.975)
     out |= {

@@ -98,7 +98,12 @@ def with_log_probs_under(
         responses = [sample["tokens"] for sample in group]
         prompt = group[0]["prompt_tokens"]
         examples.append(Example.of_samples(start // per_prompt, prompt, responses))
-    data = ConfigDict(data.to_dict() | {"batch_size": 4, "rows": 0})
+    # Whatever was sampled fits: buckets bound what is trained on.
+    longest = max(len(e.prompt) + sum(map(len, e.responses)) for e in examples)
+    settings = {"batch_size": 4, "rows": 0}
+    for name in ("length_buckets", "target_buckets"):
+        settings[name] = (*data[name], -(-longest // 8) * 8)
+    data = ConfigDict(data.to_dict() | settings)
     log_probs = compute_log_probs(model, mesh, examples, data, temperature=temperature).ravel()
     return [s | {"base_log_prob": float(value)} for s, value in zip(samples, log_probs)]
 

@@ -87,9 +87,13 @@ class RewardScale:
       gain, bias: finite numbers.
       max_length: tokens of prompt and response that texts were cut to in training; None: uncut.
       origin: how gain and bias were found, for the reader.
+      max_prompt_length, min_prompt_length: what bounded the prompt when texts were cut, in tokens;
+        see docs/data.md. None and 1: nothing else.
     """
 
     gain: float = 1.0
     bias: float = 0.0
     max_length: int | None = None
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    max_prompt_length: int | None = None
+    min_prompt_length: int = 1

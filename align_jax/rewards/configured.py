@@ -4,7 +4,9 @@
     {"kind": "regex", "pattern": "(?i)thank"}        a kind and its keys, see `REWARDS`
     "my_package.my_module:my_reward"                 any Python callable
 
-A kind's keys are the keyword arguments of its builder here, or of the class it builds.
+A kind's keys are the keyword arguments of its builder here, or of the class it builds. A key whose
+value is "" counts as not given, so that the command line can take one away; a `kind` with a colon
+in it is a callable.
 """
 
 import difflib
@@ -191,12 +193,14 @@ def _build(config: Any, kinds: Mapping[str, Callable], context: _Context) -> Any
             "them as its 'kind', or 'package.module:function'."
         )
     kind = config["kind"]
+    options = {name: value for name, value in config.items() if name != "kind" and value != ""}
+    if ":" in kind and not options:
+        return _imported(kind, key)
     if kind not in kinds:
         raise RewardError(
             f"{key}: there is no kind {kind!r}.{_near(kind, kinds)} Any Python callable is "
             "'package.module:function'."
         )
-    options = {name: value for name, value in config.items() if name != "kind"}
     parameters = [
         p for p in inspect.signature(kinds[kind]).parameters.values() if p.kind is p.KEYWORD_ONLY
     ]
@@ -214,7 +218,9 @@ def _check_keys(options: Mapping, required: Any, optional: Any, key: str) -> Non
     known = list(dict.fromkeys([*required, *optional]))
     for name in options:
         if name not in known:
-            raise RewardError(f"{key} has no key {name!r}.{_near(name, known)}")
+            raise RewardError(
+                f"{key} has no key {name!r}.{_near(name, known)} An empty value takes it away."
+            )
     for name in required:
         if name not in options:
             raise RewardError(f"{key} needs the key {name!r}.")

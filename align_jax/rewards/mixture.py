@@ -16,8 +16,15 @@ from align_jax.rewards.base import Records, Reward, RewardError, check_records, 
 
 
 class _Combined:
-    def __init__(self, rewards: Mapping[str, Reward]):
+    """What both share.
+
+    Attributes:
+      relative: whether scores depend on what else is scored in the call.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward], *, relative: bool):
         self._rewards = dict(rewards)
+        self.relative = relative or any(getattr(r, "relative", False) for r in rewards.values())
 
     def check_records(self, records: Records) -> None:
         for reward in self._rewards.values():
@@ -62,7 +69,8 @@ class Mixture(_Combined):
                 raise ValueError(f"components.{name}.weight: {weight!r} is no finite number.")
         if not isinstance(standardise, bool):
             raise ValueError(f"standardise: {standardise!r} is neither True nor False.")
-        super().__init__({name: reward for name, (_, reward) in components.items()})
+        rewards = {name: reward for name, (_, reward) in components.items()}
+        super().__init__(rewards, relative=standardise)
         self._weights = {name: float(weight) for name, (weight, _) in components.items()}
         self._standardise = standardise
 
@@ -96,7 +104,7 @@ class SafetyGated(_Combined):
     def __init__(self, safety: Reward, helpfulness: Reward, *, threshold: float = 0.15):
         if not isinstance(threshold, float) or not 0 < threshold < 1:
             raise ValueError(f"threshold: {threshold!r} is no probability between 0 and 1.")
-        super().__init__({"safety": safety, "helpfulness": helpfulness})
+        super().__init__({"safety": safety, "helpfulness": helpfulness}, relative=True)
         self._least_logit = math.log(threshold / (1 - threshold))
 
     def combine(self, components: Mapping[str, np.ndarray], records: Records) -> np.ndarray:

@@ -57,6 +57,11 @@ class RewardModel:
         self._mesh = mesh
         limits = [scale.max_length for _, scale in self.members if scale.max_length]
         self.max_length = min([*limits, self.members[0][0].config.context_length])
+        scale = self.members[0][1]
+        self._bounds = {
+            "max_prompt_length": scale.max_prompt_length,
+            "min_prompt_length": scale.min_prompt_length,
+        }
         placement = None if mesh is None else replicated(mesh)
         self._score = jax.jit(response_scores, out_shardings=placement)
 
@@ -113,7 +118,12 @@ class RewardModel:
             for index, (record, completion) in enumerate(zip(records, completions, strict=True))
         ]
         return encode_records(
-            pairs, self.tokenizer, kind="sft", max_length=self.max_length, overlong="truncate"
+            pairs,
+            self.tokenizer,
+            kind="sft",
+            max_length=self.max_length,
+            overlong="truncate",
+            **self._bounds,
         )
 
     def _scalars(self, model: ScalarModel, examples: Sequence[Example]) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax.data.batching import build_batch
+from align_jax.data.batching import build_batch, round_up_to_bucket
 from align_jax.data.chat import Example, encode_records
 from align_jax.data.pipeline import Loader
 from align_jax.data.sources import load_records
@@ -242,13 +242,8 @@ def score_responses(
     return out
 
 
-def check(config: ConfigDict, directory: Path, model: Transformer, num_examples: int) -> int:
-    """The number of steps of a run; fails now for what would stop it after hours.
-
-    Raises:
-      RunError: sizes in the config that do not fit each other, the data or the model, an unknown
-        schedule, too little disk space for the checkpoints.
-    """
+def check_sizes(config: ConfigDict) -> None:
+    """Raises `RunError` for counts or a schedule that no data and no model could make right."""
     data = config.data
     counts = {f"data.{name}": data[name] for name in ("batch_size", "accumulation")}
     counts |= {name: config[name] for name in ("log_every", "checkpoint_every")}
@@ -260,15 +255,40 @@ def check(config: ConfigDict, directory: Path, model: Transformer, num_examples:
             f"config.data.batch_size = {data.batch_size} is no multiple of "
             f"config.data.accumulation = {data.accumulation}."
         )
+    make_schedule(config.optimizer, 1)
+
+
+def check_context(config: ConfigDict, model: Transformer) -> None:
+    """Raises `RunError` for texts longer than the model's context."""
+    if config.data.max_length > model.config.context_length:
+        raise RunError(
+            f"config.data.max_length = {config.data.max_length} is more than the model's context "
+            f"of {model.config.context_length} tokens."
+        )
+
+
+def check_lengths(data: ConfigDict, examples: Sequence[Example]) -> None:
+    """Raises `DataError` for an example that no bucket of `data` holds."""
+    responses = [sum(map(len, example.responses)) for example in examples]
+    longest = max(len(e.prompt) + length for e, length in zip(examples, responses))
+    round_up_to_bucket(longest, data.length_buckets)
+    round_up_to_bucket(max(responses), data.target_buckets, key="data.target_buckets")
+
+
+def check(config: ConfigDict, directory: Path, model: Transformer, num_examples: int) -> int:
+    """The number of steps of a run; fails now for what would stop it after hours.
+
+    Raises:
+      RunError: sizes in the config that do not fit each other, the data or the model, an unknown
+        schedule, too little disk space for the checkpoints.
+    """
+    check_sizes(config)
+    check_context(config, model)
+    data = config.data
     if data.batch_size > num_examples:
         raise RunError(
             f"config.data.batch_size = {data.batch_size} is more than there are examples: "
             f"{num_examples}."
-        )
-    if data.max_length > model.config.context_length:
-        raise RunError(
-            f"config.data.max_length = {data.max_length} is more than the model's context of "
-            f"{model.config.context_length} tokens."
         )
     num_steps = config.num_steps or round(config.num_epochs * num_examples / data.batch_size)
     if num_steps < 1:
@@ -300,10 +320,12 @@ def train(
 
     Raises:
       RunError: see `check`; a checkpoint of another model; a loss that is not finite.
+      DataError: see `check_lengths`.
       Interrupted: see `fit`.
     """
     data = config.data
     num_steps = check(config, directory, model, len(examples))
+    check_lengths(data, examples)
     loader = Loader(
         examples, batch_size=data.batch_size, seed=config.seed, collate=make_collate(data, attach)
     )
@@ -378,7 +400,9 @@ def restored_model(config: ConfigDict, directory: Path, mesh: Mesh) -> Transform
         raise RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
     # Adapters stand beside weights that no checkpoint holds; otherwise shapes are enough.
     if _adapted(config):
-        model = adapted(config, load_pretrained(config, config.model, mesh), mesh)
+        # An online policy may have started from another model than its reference.
+        start = config.get("init") or config.model
+        model = adapted(config, load_pretrained(config, start, mesh), mesh)
     else:
         model = _abstract_pretrained(config, config.model, mesh)
     checkpointer = Checkpointer(directory / "checkpoints")

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax.data.batching import build_batch, round_up_to_bucket
+from align_jax.data.batching import build_batch
 from align_jax.data.chat import Example
 from align_jax.generation import generate
 from align_jax.models.transformer import Transformer
@@ -189,14 +189,13 @@ def layout_of(rollout: Rollout, data: ConfigDict, *, longest_prompt: int) -> Lay
     lengths = [len(prompt) + total for prompt, total in zip(rollout.prompts, responses)]
     # A bucket beyond the token budget would be padding in every iteration; hardware likes eights.
     most = -(-(longest_prompt + budget) // 8) * 8
+
+    def smallest(length: int, buckets: Sequence[int], most: int) -> int:
+        return min([bucket for bucket in buckets if bucket >= length] + [most])
+
     return Layout(
-        min(most, round_up_to_bucket(max(lengths), data.length_buckets)),
-        min(
-            budget,
-            round_up_to_bucket(
-                int(responses.max()), data.target_buckets, key="data.target_buckets"
-            ),
-        ),
+        smallest(max(lengths), data.length_buckets, most),
+        smallest(int(responses.max()), data.target_buckets, budget),
     )
 
 

@@ -172,6 +172,7 @@ def test_evaluating_an_unfinished_run_names_the_phase(config, tmp_path):
         ({"reward": "joy"}, "config.reward is 'joy'; expected one of .*'vader'"),
         ({"loss": "dpoo"}, "config.loss is 'dpoo'"),
         ({"sampling.samples": 1}, "config.sampling.samples is 1; expected at least 2"),
+        ({"sampling.temperature": 0.7}, "config.sampling.temperature is 0.7; expected 1.0"),
         ({"evaluation.base_samples": 15}, "base_samples is 15; expected at least 16"),
         ({"evaluation.trained_samples": 3}, "trained_samples is 3; expected at least 4"),
         ({"optimizer.schedule": "cosin"}, "config.optimizer.schedule is 'cosin'"),

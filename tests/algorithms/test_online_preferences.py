@@ -7,8 +7,9 @@ import pytest
 
 from align_jax.algorithms import online_preferences, policy_gradient, reward_model
 from align_jax.algorithms.online_preferences import rank_by_wins
+from align_jax.rewards.base import RewardError
 from align_jax.rewards.people import WaitingForLabels
-from align_jax.training import offline
+from align_jax.training import offline, online
 from align_jax.training.checkpoint import flatten
 from align_jax.training.errors import RunError
 from align_jax.training.workdir import Workdir
@@ -77,6 +78,10 @@ def test_rounds_stopped_in_every_phase_are_those_left_alone(tiny_config, tmp_pat
     assert counts[1] > counts[0]
     later = read(tmp_path / "whole/round_1/samples/comparisons.jsonl")
     assert not {r["prompt"] for r in records} & {r["prompt"] for r in later}
+    # What was compared is not what the policy then learns from.
+    drawn = read(tmp_path / "whole/round_0/samples/sample.jsonl")
+    learnt = read(tmp_path / "whole/round_0/policy/samples/iteration_000000.jsonl")
+    assert not {tuple(s["tokens"]) for s in drawn} & {tuple(s["tokens"]) for s in learnt}
     # It continues the first round's policy: the KL to the reference is not 0 at its start.
     first, second = (
         read(tmp_path / f"whole/round_{n}/policy/metrics.jsonl")[0]["objective/kl"]
@@ -88,7 +93,7 @@ def test_rounds_stopped_in_every_phase_are_those_left_alone(tiny_config, tmp_pat
 def test_people_label_through_files(tiny_config, tmp_path, monkeypatch):
     config = tiny_config("ziegler2019_sentiment", SMALL | {"samples": 2, "prompts": 4})
     config.update(rounds=1, result="round_0/policy")
-    config.comparer = {"kind": "people"}
+    config.comparer.update(kind="people", reward="")
     config.reward_model.data.batch_size = 1
     with pytest.raises(WaitingForLabels, match="labels.jsonl"):
         online_preferences.run(config, Workdir(tmp_path / "run", config))
@@ -111,10 +116,14 @@ def test_people_label_through_files(tiny_config, tmp_path, monkeypatch):
         ({"samples": 1}, "config.samples is 1; expected at least 2"),
         ({"reward_model.loss": "pairwise"}, "config.reward_model.loss is 'pairwise'"),
         ({"rounds": 3}, "config.result is 'round_1/policy'; with config.rounds = 3"),
-        ({"policy.loss": "ppoo"}, "config.policy.loss is 'ppoo'"),
+        ({"policy.loss": "ppoo"}, "in config.policy: config.loss is 'ppoo'"),
+        ({"reward_model.loss": "best"}, "in config.reward_model: config.loss is 'best'"),
+        ({"policy.sampling.prompts": 1000, "policy.minibatches": 1}, "more than there are prompts"),
+        ({"comparer.kind": "people"}, "has no key 'reward'.*An empty value takes it away"),
     ],
 )
-def test_a_wrong_config_is_refused(tiny_config, tmp_path, overrides, message):
+def test_a_wrong_config_is_refused(tiny_config, tmp_path, monkeypatch, overrides, message):
     config = tiny_config("ziegler2019_sentiment", overrides)
-    with pytest.raises(RunError, match=message):
+    monkeypatch.setattr(online, "generate", pytest.fail)
+    with pytest.raises((RunError, RewardError), match=message):
         online_preferences.run(config, Workdir(tmp_path / "run", config))

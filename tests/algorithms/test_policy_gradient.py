@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.algorithms.policy_gradient import check_choices, load_prompts
+from align_jax.algorithms.policy_gradient import check, load_prompts
 from align_jax.algorithms.policy_objective import new_agent
 from align_jax.algorithms.policy_trainer import Trainer
 from align_jax.distributed.mesh import make_mesh
@@ -63,7 +63,7 @@ def new_trainer(tiny_config, tokenizer, base, tmp_path):
             "checkpoint_every": 1,
         }
         config = tiny_config("ppo", settings | dict(overrides))
-        check_choices(config)
+        check(config)
         records, examples = load_prompts(
             config.data, "builtin:tiny_preferences", tokenizer, max_new_tokens=6
         )

@@ -4,13 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from align_jax.algorithms import policy_gradient
+from align_jax.algorithms import policy_gradient, sft
+from align_jax.data.formats import DataError
 from align_jax.rewards.base import RewardError, checked_scores
 from align_jax.rewards.configured import make_reward
 from align_jax.rewards.rules import vader_sentiment
-from align_jax.training import online
-from align_jax.training.checkpoint import Checkpointer
+from align_jax.training import offline, online
+from align_jax.training.checkpoint import Checkpointer, flatten
 from align_jax.training.errors import RunError
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
@@ -29,6 +31,24 @@ from align_jax.training.workdir import Workdir
             "config.sampling.samples is 1; expected at least",
         ),
         ({"advantage": "moving_baseline"}, "set config.critic=none"),
+        ({"loss": "dpo", "sampling.samples": 2}, "config.loss=dpo has none; set config.critic=n"),
+        (
+            {"loss": "dpo", "sampling.samples": 2, "critic": "none", "kl.target": 6.0},
+            "config.kl.target needs",
+        ),
+        (
+            {"loss": "reinforce", "advantage": "moving_baseline", "critic": "none", "epochs": 2},
+            "config.loss=reinforce does not correct",
+        ),
+        (
+            {"advantage": "moving_baseline", "critic": "none", "sampling.prompts": 1},
+            "needs two completions in the first iteration",
+        ),
+        ({"checkpoint_every": 0}, "config.checkpoint_every is 0"),
+        ({"data.accumulation": 0}, "config.data.accumulation is 0"),
+        ({"optimizer.schedule": "steep"}, "steep"),
+        ({"data.max_length": 100_000}, "more than the model's context of"),
+        ({"ptx.source": "/nowhere.jsonl"}, "nowhere.jsonl"),
         (
             {"evaluation.base_samples": 3},
             "config.evaluation.base_samples is 3; expected at least 16",
@@ -46,8 +66,33 @@ def test_a_wrong_config_is_refused_before_anything_is_sampled(
 ):
     monkeypatch.setattr(online, "generate", pytest.fail)
     config = tiny_config("ppo", overrides)
-    with pytest.raises((RunError, RewardError), match=message):
+    with pytest.raises((RunError, RewardError, DataError), match=message):
         policy_gradient.run(config, Workdir(tmp_path / "run", config))
+
+
+def test_a_reward_relative_to_its_batch_is_no_measure_of_held_out_samples(tiny_config, tmp_path):
+    config = tiny_config("ppo", {})
+    parts = {"length": {"weight": 1.0, "reward": {"kind": "length"}}}
+    config.reward = ConfigDict({"kind": "mixture", "standardise": True, "components": parts})
+    with pytest.raises(RunError, match="config.reward is standardised over the completions"):
+        policy_gradient.run(config, Workdir(tmp_path / "run", config))
+
+
+def test_adapters_on_another_start_than_the_reference(tiny_config, tmp_path):
+    """What was trained is read again on what it was trained on."""
+    tuned = Workdir(tmp_path / "sft", config := tiny_config("sft", {"num_steps": 4}))
+    sft.run(config, tuned)
+    overrides = {"num_iterations": 1, "epochs": 1, "lora.rank": 2, "init": str(tuned.path)}
+    config = tiny_config("ppo", overrides | {"optimizer.learning_rate": 0.0})
+    workdir = Workdir(tmp_path / "run", config)
+    summary = policy_gradient.run(config, workdir)
+    mesh = offline.open_mesh(config)
+    result, start = (
+        flatten(offline.load_pretrained(config, path, mesh)) for path in (workdir.path, tuned.path)
+    )
+    for name in start:
+        np.testing.assert_allclose(result[name], start[name], atol=1e-6, err_msg=name)
+    assert summary["trained"]["kl"] != 0.0
 
 
 def test_a_whole_run_reports_and_is_not_run_again(tiny_config, tmp_path, monkeypatch):

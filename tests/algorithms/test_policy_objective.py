@@ -12,6 +12,7 @@ from align_jax.algorithms.policy_objective import (
     make_loss,
     pair_weights,
     token_weights,
+    with_missing_eos,
 )
 from align_jax.data.batching import build_batch
 from align_jax.data.chat import Example
@@ -156,6 +157,17 @@ def test_weights_add_token_losses_up_as_each_paper_does(aggregation):
     assert not weights[MASK == 0].any()
 
 
+def test_a_missing_stop_token_costs_those_without_one_alone():
+    scores, ended = np.array([0.25, 0.5, -2.0], np.float32), np.array([True, False, False])
+    for rule, expected in (
+        ("ignore", [0.25, 0.5, -2.0]),
+        ("replace", [0.25, -1.0, -1.0]),
+        ("subtract", [0.25, -0.5, -3.0]),
+    ):
+        config = config_of(missing_eos=rule)
+        np.testing.assert_allclose(with_missing_eos(config, scores, ended), expected)
+
+
 def test_pairs_are_best_and_worst_and_a_tie_is_none():
     scores = np.array([0.1, 0.9, 0.5, 0.3, 0.3, 0.3])
     assert pair_weights(scores, 3).tolist() == [-1, 1, 0, 0, 0, 0]
@@ -255,8 +267,7 @@ def test_the_loss_off_policy_is_the_formula(model, loss):
         "reinforce": -a * new,
     }[loss]
     np.testing.assert_allclose(sums.loss, (expected * MASK).sum() / MASK.sum(), rtol=1e-4)
-    exact = np.exp(new - old)
-    clipped = ((exact < 0.8) | (exact > 1.28)) & (MASK > 0)
+    clipped = ((ratio < 0.8) | (ratio > 1.28)) & (MASK > 0)
     np.testing.assert_allclose(
         sums.metrics["policy/clipfrac_avg"], clipped.sum() / MASK.sum(), rtol=1e-6
     )

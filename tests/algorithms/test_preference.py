@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.algorithms import preference
+from align_jax.algorithms import preference, sft
 from align_jax.algorithms.preference import attach_reference, make_loss
 from align_jax.data.chat import Example
 from align_jax.data.formats import DataError
@@ -92,8 +92,27 @@ def test_a_run_starts_at_log_2_learns_and_evaluates(tiny_config, tmp_path):
     assert again["eval"] == pytest.approx(summary["eval"], rel=1e-5)
 
 
+def test_it_starts_from_a_run_which_is_then_the_reference(tiny_config, tmp_path):
+    tuned = Workdir(tmp_path / "sft", config := tiny_config("sft", {"num_steps": 4}))
+    sft.run(config, tuned)
+    source = "builtin:tiny_preferences"
+    overrides = {"model": str(tuned.path), "num_steps": 1, "data.eval_source": source}
+    config = tiny_config("dpo", overrides | {"optimizer.learning_rate": 0.0})
+    workdir = Workdir(tmp_path / "dpo", config)
+    preference.run(config, workdir)
+    [row] = read_metrics(workdir.path)
+    assert abs(row["loss"] - math.log(2)) < 1e-6
+    # Whose log-probabilities are the tuned model's and not the untouched one's.
+    examples = preference.load_pairs(config, source, load_tokenizer("tiny"))
+    model, mesh = offline.open_model(config)
+    for start, same in ((model, True), (load_model("tiny", mesh=mesh), False)):
+        log_probs = compute_log_probs(start, mesh, examples, config.data)
+        means = preference.evaluate(config, workdir)["eval"]
+        assert (abs(log_probs[:, 0].mean() - means["logps/chosen"]) < 1e-3) == same
+
+
 def test_an_unknown_loss_is_refused_before_anything_is_read(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(preference, "load_tokenizer", pytest.fail)
+    monkeypatch.setattr(offline, "load_pretrained_tokenizer", pytest.fail)
     config = tiny_config("dpo", {"loss": "dpoo"})
     with pytest.raises(RunError, match="config.loss is 'dpoo'; expected one of .*'dpo'"):
         preference.run(config, Workdir(tmp_path, config))
@@ -114,6 +133,8 @@ def test_an_unknown_loss_is_refused_before_anything_is_read(tiny_config, tmp_pat
         ({"compute_dtype": "fp8"}, "config.compute_dtype is 'fp8'; expected one of float32"),
         ({"mesh.tensor": 7}, "mesh.* does not fit"),
         ({"data.eval_source": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({"data.length_buckets": (16,)}, "fits in none of the buckets .* of data.length_buckets"),
+        ({"data.target_buckets": (8,)}, "fits in none of the buckets .* of data.target_buckets"),
     ],
 )
 def test_what_would_stop_the_run_later_stops_it_before_any_compute(

@@ -384,6 +384,12 @@ def test_it_starts_from_the_run_of_another_algorithm(tiny_config, tmp_path):
         ({"ensemble": 0}, "config.ensemble is 0"),
         ({"held_out": 128}, "config.held_out is 128, and config.data.source has 128"),
         ({"margins": "llama2_small"}, "no 'strength'"),
+        ({"label_smoothing": 0.6}, "config.label_smoothing is 0.6"),
+        ({"center_coefficient": -1.0}, "config.center_coefficient is -1.0"),
+        (
+            {"held_out": 8, "data.eval_source": "builtin:tiny_chat_preferences"},
+            "config.held_out = 8 and config.data.eval_source both",
+        ),
         ({"normalization.kind": "std"}, "normalization.kind is 'std'; expected one of none"),
         ({"normalization.kind": "mean"}, "needs config.normalization.source"),
         ({"data.eval_source": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),

@@ -68,6 +68,12 @@ def test_the_stages_build_on_each_other_and_are_not_run_again(
         (lambda c: c.update(order=("sft", "rm")), "there is no config.rm"),
         (lambda c: c.reward.update(algorithm="rewardmodel"), "config.reward.algorithm is"),
         (lambda c: c.update(result="policy"), "config.result is 'policy'; expected one of"),
+        (lambda c: c.ppo.update(loss="pppo"), "in config.ppo: config.loss is 'pppo'"),
+        (lambda c: c.ppo.sampling.update(prompts=7), "in config.ppo: config.sampling.prompts = 7"),
+        (lambda c: c.ppo.ptx.update(source="/nowhere.jsonl"), "in config.ppo: .*nowhere.jsonl"),
+        (lambda c: c.ppo.optimizer.update(schedule="steep"), "in config.ppo: .*schedule"),
+        (lambda c: c.reward.normalization.update(kind="z"), "in config.reward: .*normalization"),
+        (lambda c: c.reward.data.update(source="builtin:tiny_sft"), "in config.reward: .*ranked"),
     ],
 )
 def test_a_wrong_order_is_refused_before_the_first_stage(

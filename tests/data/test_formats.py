@@ -151,6 +151,11 @@ INVALID = [
     ("ranked", {"prompt": "a", "replies": ["b", "c"], "ranks": [0, 1]}, "'replies' as 'compl"),
     ("labelled", {"prompt": "a", "completion": "b", "label": 1}, "'label'.*int 1.*true or false"),
     ("labelled", {"prompt": "a", "completion": "b", "lable": True}, "'lable' as 'label'"),
+    (
+        "sft",
+        {"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
+        "'tool_calls' are not rendered",
+    ),
     ("prompt", {"prompt": ""}, "'prompt'.*text to continue"),
     ("prompt", {"question": "b"}, "'question' as 'prompt'"),
     ("prompt", {}, "'prompt' is missing.*no fields"),

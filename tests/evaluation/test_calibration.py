@@ -79,6 +79,27 @@ def test_a_calibrated_model_has_an_ece_that_chance_explains_and_an_overconfident
     assert covered >= 36 and by_chance >= 34 and detected == 40
 
 
+def test_pairs_of_one_ranking_share_their_responses():
+    """What chance does to a calibrated model is what it does to made rankings of 16."""
+    rng = np.random.default_rng(5)
+    prompts, count = 20, 16
+    first, second = np.triu_indices(count, 1)
+    eces, expected, of_single_pairs = [], [], []
+    for _ in range(80):
+        logits = 0.5 * rng.normal(size=(prompts, count))
+        order = np.argsort(-(logits + rng.gumbel(size=logits.shape)), axis=1)
+        ranked = np.take_along_axis(logits, order, axis=1)
+        numbers = order + count * np.arange(prompts)[:, None]
+        pairs = [x[:, side].ravel() for x in (ranked, numbers) for side in (first, second)]
+        responses = np.stack(pairs[2:], 1)
+        out = calibrate(*pairs[:2], responses=responses, resamples=40)
+        eces.append(out["ece"])
+        expected.append(out["ece_if_calibrated"]["mean"])
+        of_single_pairs.append(calibrate(*pairs[:2], resamples=40)["ece_if_calibrated"]["mean"])
+    assert np.mean(eces) == pytest.approx(np.mean(expected), rel=0.06)
+    assert np.mean(eces) > 1.12 * np.mean(of_single_pairs)
+
+
 def test_the_interval_of_the_accuracy_takes_prompts_as_units():
     """20 copies of every pair under one prompt: no more information than one copy."""
     rng = np.random.default_rng(3)

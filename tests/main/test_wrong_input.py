@@ -140,6 +140,15 @@ def test_what_is_no_workdir_can_be_neither_evaluated_nor_exported(fails, tmp_pat
     assert "something else's" in fails(["evaluate", f"--workdir={tmp_path}"])
 
 
+def test_a_reward_models_run_writes_no_text(fails, tmp_path):
+    (tmp_path / "config.json").write_text('{"algorithm": "reward_model"}')
+    for arguments in (
+        ["generate", f"--model={tmp_path}", "--prompt=a"],
+        ["export", f"--workdir={tmp_path}", f"--to={tmp_path / 'out'}"],
+    ):
+        assert f"what transformers loads is {tmp_path / 'reward_model'}" in fails(arguments)
+
+
 def test_a_run_without_a_checkpoint_is_said_to_have_none(fails, tmp_path, monkeypatch):
     monkeypatch.setattr(preference, "run", lambda config, workdir: {})
     assert command_line.main(train_arguments("dpo", tmp_path, EVALUATED["dpo"])) == 0

@@ -44,6 +44,12 @@ def test_kinds_are_the_rules_of_that_name():
     np.testing.assert_allclose(scores(penalty), [-0.6, 0, 0], rtol=1e-6)
 
 
+def test_an_empty_value_is_none_and_a_kind_may_be_a_callable(module):
+    assert scores({"kind": "length", "path": "", "pattern": ""}) == scores("length")
+    name = module("def ten(records, texts):\n    return [10] * len(texts)\n")
+    assert scores(ConfigDict({"kind": f"{name}:ten", "path": ""})) == [10, 10, 10]
+
+
 def test_lengths_in_tokens_are_the_tokenizers():
     config = {"kind": "length_target", "target": 0}
     tokenizer = load_tokenizer("tiny")

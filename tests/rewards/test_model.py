@@ -106,6 +106,23 @@ def test_texts_are_cut_as_in_training(model, tokenizer):
     assert np.isfinite(short([record], ["x" * 100])).all()
 
 
+def test_prompts_are_bounded_as_in_training(model, tokenizer):
+    record, text = {"prompt": "0123456789" * 5}, "abcdefgh" * 3
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    prompt, response = ids(record["prompt"]), [*ids(text), tokenizer.eos_token_id]
+
+    def score(**bounds):
+        scale = dataclasses.replace(SCALE, **bounds)
+        return RewardModel([(model, scale)], tokenizer)([record], [text])
+
+    expected = alone(model, [*prompt[-7:], *response])
+    np.testing.assert_allclose(score(max_prompt_length=7), [expected], atol=2e-5)
+    # The prompt keeps 16 tokens, so the response loses its end, EOS included.
+    expected = alone(model, [*prompt[-16:], *response[:16]])
+    bounds = {"max_length": 32, "min_prompt_length": 16}
+    np.testing.assert_allclose(score(**bounds), [expected], atol=2e-5)
+
+
 def test_no_completions_and_unequal_lists(reward):
     assert reward([], []).shape == (0,)
     with pytest.raises(ValueError):

@@ -224,6 +224,9 @@ def test_a_layout_has_room_for_every_group_and_none_beyond_the_token_budget(leng
     layout = online.layout_of(rollout, data, longest_prompt=7)
     assert layout == expected
     batch = online.rollout_batch(rollout, [0, 1], {}, layout)
+    # Buckets that are too small end no run: what can be sampled has room.
+    data.update(length_buckets=(4,), target_buckets=(1,))
+    assert online.layout_of(rollout, data, longest_prompt=7) == (24, 12)
     assert batch["tokens"].shape == (2, layout.length)
     assert batch["target_mask"].shape == (2, layout.targets)
     assert batch["target_mask"].sum() == sum(lengths)
