@@ -3,8 +3,8 @@
     python benchmarks/reward_models.py --workdir=runs/reward_models --hh=harmless.jsonl.gz
 
 `vader`: 2,000 pairs of benchmarks/sentiment_pairs.py, tested on its 500 of other openings. `hh`:
-the first 1,500 pairs of the file, less those whose sides answer different prompts, tested on its
-last 300. One epoch each. Both are runs of experiments/reward_model.py; what is finished is not run
+the pairs of the file but for its last 300, which test it, and those whose sides answer different
+prompts. One epoch each. Both are runs of experiments/reward_model.py; what is finished is not run
 again, and what was stopped goes on. Writes a section of docs/results.md and the pictures of both
 reports. An hour on 2 cores, the pairs included.
 """
@@ -46,11 +46,13 @@ Anthropic's harmless pairs (Bai et al. 2022) are two answers in one red-teaming 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", required=True, type=Path)
-    parser.add_argument("--hh", required=True, help="Anthropic's pairs as .jsonl.gz")
+    parser.add_argument("--hh", required=True, type=Path, help="Anthropic's pairs, 1,800")
     parser.add_argument("--pairs", type=Path, help="of sentiment_pairs.py; made if not given")
     arguments = parser.parse_args()
     folder, pairs = arguments.workdir.resolve(), arguments.pairs
-    if pairs is None:
+    if pairs is not None:
+        pairs = pairs.resolve()
+    else:
         pairs = folder / "pairs"
         if not (pairs / "held_out.jsonl").exists():
             _run(str(ROOT / "benchmarks" / "sentiment_pairs.py"), f"--to={pairs}")
@@ -61,7 +63,7 @@ def main() -> None:
             "data.max_length": 64,
         },
         "hh": {
-            "data.source": arguments.hh,
+            "data.source": arguments.hh.resolve(),
             "data.invalid": "drop",
             "held_out": 300,
             "optimizer.learning_rate": 5e-5,

@@ -4,10 +4,11 @@
 
 Each method generates 800 completions of 24 tokens of SmolLM2 to learn from, on the same 200
 openings, and is evaluated on the same 40 held-out ones (8 samples each) against the same reward,
-VADER; best of n is that of the base's samples on them. DPO's pairs are best against worst of 4;
-online DPO's likewise, from the current policy. The table and the picture go to docs/results.md
-(between its marks) and docs/sentiment_frontier.png. Runs that are finished are not run again, so a
-stopped benchmark goes on. It takes 1 to 2 hours on 2 cores.
+VADER; best of n is that of the base's samples on them. (At another seed than 0 DPO's openings are
+others than those of the online methods.) DPO's pairs are best against worst of 4; online DPO's
+likewise, from the current policy. The table and the picture go to docs/results.md (between its
+marks) and docs/sentiment_frontier.png. Runs that are finished are not run again, so a stopped
+benchmark goes on. It takes 1 to 2 hours on 2 cores.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def main() -> None:
     chosen = arguments.methods.split(",")
     if unknown := sorted(set(chosen) - set(METHODS)):
         parser.error(f"--methods={','.join(unknown)}: expected some of {', '.join(METHODS)}")
-    folder = Path(arguments.workdir)
+    folder = Path(arguments.workdir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     rows, pool = [], None
     for method in chosen:

@@ -219,6 +219,44 @@ def test_an_interrupted_run_goes_on_exactly(new_trainer, base, method):
     assert len(set(coefficients)) == 4
 
 
+def test_a_killed_run_repeats_what_was_not_saved(new_trainer, base):
+    """Killed in iteration 3 with iteration 2 unsaved; prompts that were replaced and text go on."""
+    settings = METHODS["grpo"] | {
+        "num_iterations": 4,
+        "checkpoint_every": 2,
+        "dynamic_sampling": 1,
+        "ptx.source": "builtin:tiny_sft",
+        "ptx.batch_size": 4,
+    }
+    asked = []
+
+    def counting(records, texts):
+        asked.append(len(texts))
+        return digits(records, texts)
+
+    whole, there = new_trainer(settings, name="whole", reward=counting)
+    whole.fit()
+
+    class Killed(BaseException):
+        pass
+
+    def killing(records, texts):
+        if len(samples_of(here)) == 3:
+            raise Killed
+        return digits(records, texts)
+
+    first, here = new_trainer(settings, name="parts", reward=killing)
+    with pytest.raises(Killed):
+        first.fit()
+    second, _ = new_trainer(settings, name="parts")
+    second.fit()
+    a, b = (parameters(directory, base) for directory in (there, here))
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert samples_of(there) == samples_of(here)
+    assert len(asked) > 4  # so prompts were replaced
+
+
 def test_accumulated_micro_batches_are_the_whole_minibatch(new_trainer, base):
     out = []
     for accumulation in (1, 4):

@@ -152,7 +152,7 @@ def test_moments_lie_as_their_parameters_do_and_counts_lie_whole(name):
     assert shardings.step.spec == jax.P()
 
 
-def test_rows_are_split_and_values_of_responses_are_not(mesh):
+def test_a_placed_batch_keeps_its_values_and_types(mesh):
     batch = {
         "tokens": np.arange(12, dtype=np.int32).reshape(2, 2, 3),
         "reference_log_probs": np.arange(4, dtype=np.float32).reshape(2, 2),
