@@ -76,7 +76,10 @@ def main() -> None:
         for coefficient in COEFFICIENTS[method]:
             workdir = folder / f"{method.replace(' ', '_')}_{coefficient}_seed{arguments.seed}"
             summary = _run(method, coefficient, arguments.seed, workdir)
-            rows.append((method, coefficient, summary["trained"], sum(summary["seconds"].values())))
+            trained, base = summary["trained"], summary["base"]["reward_mean"]
+            slope = (trained["reward_mean"] - base) / max(trained["kl"], 1e-6) ** 0.5
+            seconds = sum(summary["seconds"].values())
+            rows.append((method, coefficient, trained, seconds, slope))
             if pool is None:
                 pool = _scores(workdir / "samples" / "sample_base.jsonl", 20)
     _write(rows, pool, arguments.seed)
@@ -128,12 +131,12 @@ def _write(rows: list[tuple], pool: np.ndarray, seed: int) -> None:
         wins, _ = statistics.best_of_n_win_rate(pool, n)
         bound, best = statistics.best_of_n_kl_bound(n), statistics.best_of_n(pool, n).mean()
         lines.append(f"| best of {n} | | {best:.3f} | {wins:.3f} | at most {bound:.2f} | | | |")
-    for method, coefficient, trained, seconds in rows:
+    for method, coefficient, trained, seconds, slope in rows:
         lines.append(
             f"| {method} | {coefficient} | {trained['reward_mean']:.3f} +- "
             f"{trained['reward_ci95']:.3f} | {trained['win_rate']:.3f} | {trained['kl']:.2f} | "
             f"{trained['distinct_2']:.3f} | {seconds:.0f} | "
-            f"{(trained['reward_mean'] - mean) / max(trained['kl'], 1e-6) ** 0.5:.2f} |"
+            f"{slope:.2f} |"
         )
     table = "\n".join(lines)
     print("\n" + table)
