@@ -10,7 +10,15 @@ experiments/ziegler2019_sentiment.py), a critic with a trunk of its own, a fixed
 passes over each iteration's 40 completions (4 of each of 10 openings, as in experiments/rloo.py).
 
 `scale=tiny` takes under a minute; the tests see PPO improve a tiny model on each of 8 seeds.
-`scale=small` has not been measured yet. `scale=paper` has the sizes of Stiennon et al. 2020 with a
+`scale=small` took 24 minutes on one core, evaluation included. Seed 0, 200 openings
+(`--config.data.limit=200`), on 40 held-out ones, the base at 0.154:
+
+    coefficient   mean VADER        win rate   KL nats   distinct-2
+    0.02          0.455 +- 0.051    0.716      2.14      0.892
+    0.1           0.298 +- 0.051    0.607      0.62      0.897
+    0.3           0.229 +- 0.039    0.551      0.22      0.891
+
+docs/results.md compares the methods. `scale=paper` has the sizes of Stiennon et al. 2020 with a
 Llama 2 7B; not run.
 """
 
