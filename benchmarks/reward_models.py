@@ -100,7 +100,7 @@ def _row(name: str, trained_on: int, found: dict) -> str:
 
     cells = [
         name,
-        trained_on,
+        f"{trained_on:,}",
         f"{found['pairs']}",
         *map(value, ("accuracy", "ece", "brier", "nll")),
     ]
