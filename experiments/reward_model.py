@@ -26,7 +26,7 @@ It is somewhat too sure of itself. On harder pairs (first against third of 4, se
 and at 5e-5 it came to 0.748 with an ECE of 0.037.
 
 On Anthropic's harmless pairs (`--config.data.invalid=drop --config.held_out=300
---config.optimizer.learning_rate=5e-5`: 1,498 to train on, 300 to test, some 45 minutes on one core):
+--config.optimizer.learning_rate=5e-5`: 1,498 to train on, 300 to test, 45 minutes on one core):
 
     accuracy   0.673 (0.620 to 0.727)
     ECE        0.048 (0.000 to 0.114); a calibrated model's on as many pairs would be 0.058
