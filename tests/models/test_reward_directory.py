@@ -50,7 +50,8 @@ def test_a_saved_directory_holds_what_transformers_wants(tmp_path, name, archite
     assert list(config["id2label"]) == ["0"]  # transformers counts labels by this
     # The head's bias has no place in that class: 2 x 0.75 - 1.
     stored = json.loads((tmp_path / "out" / "reward.json").read_text())
-    assert stored == {"gain": 2.0, "bias": 0.5, "max_length": 96, "origin": {"texts": 5}}
+    scale = {"gain": 2.0, "bias": 0.5, "max_length": 96, "origin": {"texts": 5}}
+    assert stored == scale | {"max_prompt_length": None, "min_prompt_length": 1}
     assert not (tmp_path / "out" / "generation_config.json").exists()
 
 
