@@ -32,9 +32,9 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     config.update(advantage="grpo", aggregation="grpo", critic="none", epochs=1)
     config.kl.update(placement="loss", coefficient=0.04)
     config.reward.kind = "answer"
-    config.optimizer = default_optimizer_config(learning_rate=1e-5, schedule="linear")
+    config.optimizer = default_optimizer_config(learning_rate=3e-5, schedule="linear")
     config.data = default_data_config(source="builtin:arithmetic", max_length=128)
-    config.sampling = default_sampling_config(prompts=8, samples=8, max_new_tokens=24)
+    config.sampling = default_sampling_config(prompts=16, samples=8, max_new_tokens=8)
     config.evaluation.update(source="builtin:arithmetic#held_out")
     config.num_iterations = 20
     if scale == "tiny":

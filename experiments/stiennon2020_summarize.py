@@ -7,9 +7,11 @@
 
 As in the paper: pairwise comparisons, the reward model started from the SFT model and shifted so
 that the reference summaries have mean 0, a critic of its own started from the reward model, a fixed
-KL coefficient of 0.05, no reward whitening, completions without a stop token scored -1. What
-differs: SmolLM2, and built-in made data (counting up), since TL;DR is not at hand; give its files
-as above.
+KL coefficient of 0.05, no reward whitening, a fixed score for completions without a stop token.
+What differs: SmolLM2, and built-in made data (counting up), since TL;DR is not at hand; give its
+files as above. On such easy pairs the reward model is so sure that bad completions score -3 to -4
+where the demonstrations score 0, so the paper's -1 for a missing stop token would be a reward: with
+it the share of completions that end fell from 16 to 2 of 32 in five iterations. Here it is -6.
 
 `scale=tiny` takes about a minute; `scale=small` has not been measured yet; `scale=paper` is TL;DR
 with a Llama 2 in place of a 6.7B GPT; not run.
@@ -51,7 +53,8 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     ppo.data = default_data_config(source="builtin:tiny_sft", max_length=128)
     ppo.sampling = default_sampling_config(prompts=32, max_new_tokens=24)
     ppo.kl.coefficient = 0.05
-    ppo.missing_eos = "replace"
+    # Below what the reward model gives to bad completions: at -1 this policy learnt not to end.
+    ppo.update(missing_eos="replace", missing_eos_score=-6.0)
     ppo.update(num_iterations=8, epochs=4, minibatches=1)
     if scale == "tiny":
         sft.model = "tiny"
@@ -71,6 +74,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         reward.data.update(source="tldr_comparisons.jsonl", batch_size=64)
         reward.normalization.update(source="tldr_sft.jsonl", limit=1000)
         ppo.data.source = "tldr_posts.jsonl"
+        ppo.missing_eos_score = -1.0
         ppo.sampling.update(prompts=512, max_new_tokens=48)
         ppo.update(num_iterations=2000, minibatches=1)
     return make_stages_config(sft=sft, reward=reward, ppo=ppo)
