@@ -13,11 +13,11 @@ its file as above), groups of 8 for 64. `--config.scale_rewards=False --config.a
 is Dr. GRPO; `--config.aggregation=dapo --config.clip_range_high=0.28 --config.dynamic_sampling=2
 --config.kl.coefficient=0` is DAPO.
 
-`scale=small` took 12 minutes on one core and 6.0 GiB, evaluation included: at temperature 1 the share
-of right answers to 40 held-out sums went from 0.025 to 0.253 +- 0.108, at 2.4 nats (seed 0); best of
-4 of the base has 0.096. With completions of 24 tokens instead of 8 next to none is right, since the
-last number counts, and nothing was learnt in 6 iterations. `scale=tiny` takes under a minute;
-`scale=paper` (DeepSeekMath 7B, 1,024 completions an update) has not been run.
+`scale=small` took 12 minutes on one core and 6.0 GiB, evaluation included: at temperature 1 the
+share of right answers to 40 held-out sums went from 0.025 to 0.253 +- 0.108, at 2.4 nats (seed 0);
+best of 4 of the base has 0.096. With completions of 24 tokens instead of 8 next to none is right,
+since the last number counts, and nothing was learnt in 6 iterations. `scale=tiny` takes under a
+minute; `scale=paper` (DeepSeekMath 7B, 1,024 completions an update) has not been run.
 """
 
 from ml_collections import ConfigDict
