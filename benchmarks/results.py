@@ -1,10 +1,20 @@
-"""docs/results.md: one section for each benchmark that measures something, between its marks."""
+"""What benchmarks share: runs of experiments, and their sections of docs/results.md."""
 
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from align_jax.training.workdir import write_file
 
 ROOT = Path(__file__).parents[1]
+
+
+def train(config: Path, workdir: Path, overrides: Sequence[str]) -> None:
+    """Runs an experiment in a process of its own; what is finished is not run again."""
+    command = [sys.executable, "-m", "align_jax", "train"]
+    command += [f"--config={config}", f"--workdir={workdir}", *overrides]
+    subprocess.run(command, check=True, cwd=ROOT)
 
 
 def write_section(name: str, text: str) -> None:

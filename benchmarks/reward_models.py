@@ -11,13 +11,12 @@ reports. An hour on 2 cores, the pairs included.
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from results import ROOT, write_section
+from results import ROOT, train, write_section
 
 from align_jax.data.sources import load_records
 
@@ -55,7 +54,8 @@ def main() -> None:
     else:
         pairs = folder / "pairs"
         if not (pairs / "held_out.jsonl").exists():
-            _run(str(ROOT / "benchmarks" / "sentiment_pairs.py"), f"--to={pairs}")
+            script = str(ROOT / "benchmarks" / "sentiment_pairs.py")
+            subprocess.run([sys.executable, script, f"--to={pairs}"], check=True, cwd=ROOT)
     settings = {
         "vader": {
             "data.source": pairs / "train.jsonl",
@@ -72,10 +72,9 @@ def main() -> None:
     rows = []
     for name, fields in settings.items():
         overrides = [f"--config.{key}={value}" for key, value in fields.items()]
-        config = ROOT / "experiments" / "reward_model.py"
         run = folder / name
-        command = ["-m", "align_jax", "train", f"--config={config}", f"--workdir={run}"]
-        _run(*command, "--config.checkpoint_every=25", *overrides)
+        config = ROOT / "experiments" / "reward_model.py"
+        train(config, run, ["--config.checkpoint_every=25", *overrides])
         found = json.loads((run / "finished.json").read_text())["eval"]
         records = load_records(
             str(fields["data.source"]),
@@ -87,10 +86,6 @@ def main() -> None:
         shutil.copy(run / "report" / "calibration.png", picture)
     print("\n".join(rows))
     write_section("reward models", SECTION.format(rows="\n".join(rows)))
-
-
-def _run(*command: str) -> None:
-    subprocess.run([sys.executable, *command], check=True, env=os.environ, cwd=ROOT)
 
 
 def _row(name: str, trained_on: int, found: dict) -> str:

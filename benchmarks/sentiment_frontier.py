@@ -13,14 +13,11 @@ benchmark goes on. It takes 1 to 2 hours on 2 cores.
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-from results import ROOT, write_section
+from results import ROOT, train, write_section
 
 from align_jax.config import load_config
 from align_jax.evaluation import figures, statistics
@@ -88,7 +85,7 @@ def main() -> None:
 def _run(method: str, coefficient: float, seed: int, workdir: Path) -> dict:
     config, settings = METHODS[method]
     field = "beta" if method == "DPO" else "kl.coefficient"
-    spec = str(ROOT / "experiments" / config)
+    spec = ROOT / "experiments" / config
     overrides = [
         f"--config.seed={seed}",
         f"--config.{field}={coefficient}",
@@ -101,11 +98,9 @@ def _run(method: str, coefficient: float, seed: int, workdir: Path) -> dict:
     kind = "DPO" if method == "DPO" else "online"
     shared = workdir.parent / f"shared_{kind}_seed{seed}"
     if shared.exists() and not workdir.exists():
-        Workdir(workdir, load_config(spec, overrides))
+        Workdir(workdir, load_config(str(spec), overrides))
         shutil.copytree(shared, workdir / "samples")
-    command = [sys.executable, "-m", "align_jax", "train", f"--config={spec}"]
-    command += [f"--workdir={workdir}", *overrides]
-    subprocess.run(command, check=True, env=os.environ, cwd=ROOT)
+    train(spec, workdir, overrides)
     if not shared.exists():
         shared.mkdir()
         for file in SHARED:

@@ -1,10 +1,13 @@
 """One file per method; `ALGORITHMS` says which."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 from ml_collections import ConfigDict
 
+from align_jax.data.formats import DataError
 from align_jax.training.errors import RunError
 
 # What `config.algorithm` may say, and the module with its `run` and `evaluate`, of (config,
@@ -29,3 +32,12 @@ def algorithm_of(config: ConfigDict, *, key: str = "config") -> ModuleType:
     if name not in ALGORITHMS:
         raise RunError(f"{key}.algorithm is {name!r}; expected one of {list(ALGORITHMS)}.")
     return importlib.import_module(ALGORITHMS[name])
+
+
+@contextlib.contextmanager
+def errors_in(name: str) -> Iterator[None]:
+    """Says of an error that it is in `config.NAME`, a run of several in one config."""
+    try:
+        yield
+    except (RunError, DataError) as error:
+        raise RunError(f"in config.{name}: {error}") from error

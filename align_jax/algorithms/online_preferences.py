@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from align_jax.algorithms import policy_gradient, reward_model
+from align_jax.algorithms import errors_in, policy_gradient, reward_model
 from align_jax.data.pipeline import permutation
 from align_jax.evaluation.policies import draw_samples
 from align_jax.rewards.base import Comparer, checked_probabilities
@@ -121,10 +121,8 @@ def check(config: ConfigDict) -> None:
             f"round_{config.rounds - 1}/policy."
         )
     for name, algorithm in (("reward_model", reward_model), ("policy", policy_gradient)):
-        try:
+        with errors_in(name):
             algorithm.check(config[name])
-        except RunError as error:
-            raise RunError(f"in config.{name}: {error}") from error
 
 
 def _sample(config: ConfigDict, before: str, number: int) -> list[dict[str, Any]]:

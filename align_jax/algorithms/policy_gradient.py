@@ -251,14 +251,15 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     )
     records, examples = load(config.data.source)
     check_count(config, examples)
-    reward = make_reward(config.reward, tokenizer=tokenizer, mesh=offline.open_mesh(config))
+    mesh = offline.open_mesh(config)
+    reward = make_reward(config.reward, tokenizer=tokenizer, mesh=mesh)
     check_records(reward, records)
     judged_by = reward
     if held_out.reward:
         judged_by = make_reward(
             held_out.reward,
             tokenizer=tokenizer,
-            mesh=offline.open_mesh(config),
+            mesh=mesh,
             key="config.evaluation.reward",
         )
     if held_out.source and getattr(judged_by, "relative", False):

@@ -381,11 +381,6 @@ def _text_loader(config: ConfigDict, tokenizer: Any) -> Loader | None:
     if not config.ptx.source:
         return None
     data = _with(config.data, batch_size=config.ptx.batch_size, limit=0)
-    if data.batch_size % data.accumulation:
-        raise RunError(
-            f"config.ptx.batch_size = {data.batch_size} is no multiple of "
-            f"config.data.accumulation = {data.accumulation}."
-        )
     examples = offline.load_examples(data, config.ptx.source, tokenizer, kind="sft")
     return Loader(
         examples,

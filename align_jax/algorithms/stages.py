@@ -13,8 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from align_jax.algorithms import algorithm_of
-from align_jax.data.formats import DataError
+from align_jax.algorithms import algorithm_of, errors_in
 from align_jax.data.sources import load_records
 from align_jax.training.errors import RunError
 from align_jax.training.workdir import Workdir
@@ -31,6 +30,7 @@ def make_stages_config(**stages: ConfigDict) -> ConfigDict:
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Runs the stages that are not finished; returns the summary of each."""
     check(config)
+    _read_sources(config, workdir)
     summaries = {}
     for name in config.order:
         stage = ConfigDict(_resolved(config[name].to_dict(), workdir))
@@ -53,15 +53,12 @@ def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 
 def sources(config: ConfigDict) -> list[tuple[str, str]]:
-    """None of its own: `check` reads those of the stages."""
+    """None of its own: `run` reads those of the stages."""
     return []
 
 
 def check(config: ConfigDict) -> None:
-    """Raises `RunError` for what would stop a later stage once the earlier ones have been paid for.
-
-    A stage that is not there or is referred to before it is run, a config or data that is wrong.
-    """
+    """Raises `RunError` for a stage that is missing, wrong, or referred to before it is run."""
     before: list[str] = []
     for name in config.order:
         if name not in config:
@@ -74,17 +71,24 @@ def check(config: ConfigDict) -> None:
                     f"config.{name} refers to {value!r}; the stages before it are "
                     f"{', '.join(before) or 'none'}."
                 )
-        try:
+        with errors_in(name):
             algorithm.check(stage)
-            for source, kind in algorithm.sources(stage):
-                if source and not source.startswith(PREFIX):
-                    limit = stage.data.limit or None
-                    load_records(source, kind=kind, limit=limit, invalid=stage.data.invalid)
-        except (RunError, DataError) as error:
-            raise RunError(f"in config.{name}: {error}") from error
         before.append(name)
     if config.result not in before:
         raise RunError(f"config.result is {config.result!r}; expected one of {before}.")
+
+
+def _read_sources(config: ConfigDict, workdir: Workdir) -> None:
+    """Reads what the stages to come will: wrong data is found before earlier ones are paid for."""
+    for name in config.order:
+        if (workdir.path / name / "finished.json").exists():
+            continue
+        stage = config[name]
+        with errors_in(name):
+            for source, kind in algorithm_of(stage).sources(stage):
+                if source and not source.startswith(PREFIX):
+                    limit = stage.data.limit or None
+                    load_records(source, kind=kind, limit=limit, invalid=stage.data.invalid)
 
 
 def _texts(value: Any) -> Iterator[str]:

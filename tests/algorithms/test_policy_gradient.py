@@ -187,6 +187,14 @@ def parameters(directory, base):
     return leaves
 
 
+def assert_same_runs(one, other, base):
+    """Parameters and samples of the runs in two directories, to the bit."""
+    a, b = (parameters(directory, base) for directory in (one, other))
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert samples_of(one) == samples_of(other)
+
+
 @pytest.mark.parametrize("method", ["ppo", "reinforce"])
 def test_an_interrupted_run_goes_on_exactly(new_trainer, base, method):
     """SIGTERM in the middle of iteration 1: moments, baseline, KL coefficient, prompts go on."""
@@ -206,10 +214,7 @@ def test_an_interrupted_run_goes_on_exactly(new_trainer, base, method):
     assert len(samples_of(here)) == 2
     second, _ = new_trainer(settings, name="parts")
     second.fit()
-    a, b = (parameters(directory, base) for directory in (there, here))
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    assert samples_of(there) == samples_of(here)
+    assert_same_runs(there, here, base)
     rows = [
         [{k: v for k, v in row.items() if k != "wall_time" and "seconds" not in k} for row in run]
         for run in (read_metrics(there), read_metrics(here))
@@ -250,10 +255,7 @@ def test_a_killed_run_repeats_what_was_not_saved(new_trainer, base):
         first.fit()
     second, _ = new_trainer(settings, name="parts")
     second.fit()
-    a, b = (parameters(directory, base) for directory in (there, here))
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    assert samples_of(there) == samples_of(here)
+    assert_same_runs(there, here, base)
     assert len(asked) > 4  # so prompts were replaced
 
 

@@ -1,24 +1,9 @@
 """A policy-gradient run is the same on any mesh, and on another one after it was stopped."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
-HERE = pathlib.Path(__file__).parent
+from tests.devices import run_on_devices
 
 
 def test_eight_devices_sample_score_and_update_as_one_does(tmp_path):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, HERE / "policy_meshes.py", tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices(8, pathlib.Path(__file__).with_name("policy_meshes.py"), tmp_path)

@@ -18,6 +18,10 @@ def test_the_stages_build_on_each_other_and_are_not_run_again(
     tiny_config, tmp_path, monkeypatch, capsys
 ):
     config = tiny_config("instructgpt", {})
+    demonstrations = tmp_path / "demonstrations.jsonl"
+    rows = [{"prompt": "1 2 3", "completion": f" 4 5 {i}"} for i in range(8)]
+    demonstrations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.sft.data.source = str(demonstrations)
     runs = []
     for module in (sft, reward_model, policy_gradient):
 
@@ -31,6 +35,7 @@ def test_the_stages_build_on_each_other_and_are_not_run_again(
         with pytest.raises(KeyboardInterrupt):
             stages.run(config, Workdir(tmp_path / "run", config))
     assert runs == ["sft", "reward"]
+    demonstrations.unlink()  # which no stage that is still to run reads
     summary = stages.run(config, Workdir(tmp_path / "run", config))
     assert runs == ["sft", "reward", "ppo"]
     assert summary["ppo"]["train"]["loss/ptx_avg"] > 0

@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 from align_jax.generation import generate, sampler
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.transformer import Transformer
+from tests.devices import run_on_devices
 from tests.generation.prompts import keys_of, model_of, prompts_of
 
 HERE = pathlib.Path(__file__).parent
@@ -268,16 +266,4 @@ def test_bad_arguments_are_errors_before_any_compilation(change, message):
 
 
 def test_meshes_of_eight_devices_draw_what_one_draws():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, HERE / "sharded_generate.py"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices(8, HERE / "sharded_generate.py")

@@ -1,9 +1,6 @@
 """Partition rules, meshes, and models loaded straight onto a mesh of eight forced CPU devices."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -13,6 +10,7 @@ from align_jax.distributed.mesh import make_mesh
 from align_jax.distributed.partitioning import MESH_AXES, RULES, partition_spec
 from align_jax.models.interchange import load_model
 from align_jax.models.transformer import PARAMETER_DIMENSIONS, parameter_dimensions
+from tests.devices import run_on_devices
 
 HERE = pathlib.Path(__file__).parent
 
@@ -68,15 +66,4 @@ def test_meshes_that_do_not_fit_are_refused():
 
 
 def test_models_load_onto_a_mesh_and_compute_the_same(tmp_path):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, HERE / "sharded_load.py", HERE.parent / "goldens", tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices(8, HERE / "sharded_load.py", HERE.parent / "goldens", tmp_path)

@@ -1,10 +1,7 @@
 """Training with adapters: what moves, what is stored, where it starts and how it goes on."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +23,7 @@ from align_jax.training.metrics import read_metrics
 from align_jax.training.optimizer import default_optimizer_config, make_optimizer
 from align_jax.training.step import init_state, make_train_step, place_batch
 from align_jax.training.workdir import Workdir
+from tests.devices import run_on_devices
 
 HERE = pathlib.Path(__file__).parent
 RANK = 3
@@ -223,17 +221,8 @@ def test_bad_values_are_refused_by_their_place_in_the_config(model, lora, messag
 
 
 def test_two_devices_train_as_one_does():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, HERE / "lora_meshes.py"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    single, *others = json.loads(done.stdout.splitlines()[-1])
+    printed = run_on_devices(2, HERE / "lora_meshes.py")
+    single, *others = json.loads(printed.splitlines()[-1])
     assert abs(single[0]["loss"] - np.log(2)) < 1e-6 and len(others) == 2
     for rows in others:
         for row, expected in zip(rows, single, strict=True):
