@@ -55,19 +55,18 @@ class Workdir:
 
     def _claim(self, wanted: dict[str, Any]) -> None:
         file = self.path / "config.json"
-        # What data or model stopped at the start leaves its config, a kill then a part of it.
-        started = any(
-            one.name != file.name and not one.name.startswith(f".{file.name}.")
-            for one in self.path.iterdir()
-        )
+        started = _has_begun(self.path)
         found = read_config(self.path) if file.exists() else None
         different = _differences(found or {}, wanted)
         if found is not None:
-            if different and (started or "algorithm" not in found):
+            # A stage that is still to begin may be corrected when those before it are paid for.
+            waiting = [name for name in found.get("order", ()) if not _has_begun(self.path / name)]
+            held = [d for d in different if d.removeprefix("config.").split(".")[0] not in waiting]
+            if held and (started or "algorithm" not in found):
                 raise RunError(
                     f"--workdir={self.path} belongs to another experiment: "
-                    + "; ".join(different[:4])
-                    + (f"; and {len(different) - 4} more" if len(different) > 4 else "")
+                    + "; ".join(held[:4])
+                    + (f"; and {len(held) - 4} more" if len(held) > 4 else "")
                     + ". Give another --workdir, or the config it was started with to continue it."
                 )
         elif started:
@@ -87,6 +86,17 @@ class Workdir:
         """Marks the run as done, so that it is never run over unasked."""
         if jax.process_index() == 0:
             write_json(self.path / "finished.json", summary)
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run's directory holds more than its config.
+
+    What data or model stopped at the start leaves its config, a kill then a part of it.
+    """
+    return folder.exists() and any(
+        one.name != "config.json" and not one.name.startswith(".config.json.")
+        for one in folder.iterdir()
+    )
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:

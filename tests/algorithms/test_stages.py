@@ -35,10 +35,14 @@ def test_the_stages_build_on_each_other_and_are_not_run_again(
         with pytest.raises(KeyboardInterrupt):
             stages.run(config, Workdir(tmp_path / "run", config))
     assert runs == ["sft", "reward"]
+    with pytest.raises(RunError, match=r"another experiment: config\.reward\.seed is"):
+        Workdir(tmp_path / "run", tiny_config("instructgpt", {"reward.seed": 5}))
+    config.ppo.kl.coefficient = 0.03  # of a stage that has not begun: may still be corrected
     demonstrations.unlink()  # which no stage that is still to run reads
     summary = stages.run(config, Workdir(tmp_path / "run", config))
     assert runs == ["sft", "reward", "ppo"]
     assert summary["ppo"]["train"]["loss/ptx_avg"] > 0
+    assert summary["ppo"]["train"]["objective/kl_coefficient"] == pytest.approx(0.03)
     assert stages.evaluate(config, Workdir(tmp_path / "run", config)) == summary
 
     mesh = offline.open_mesh(config.sft)
