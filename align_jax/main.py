@@ -200,10 +200,10 @@ def _run_config(workdir: str | os.PathLike) -> Any:
 def _open(path: str) -> tuple[Any, Any]:
     """Model and tokenizer of a workdir, or of anything `load_model` reads."""
     from align_jax.models.interchange import load_model, load_tokenizer
-    from align_jax.training import offline
+    from align_jax.training import pretrained
     from align_jax.training.errors import RunError
 
-    found = offline.run_at(path)
+    found = pretrained.run_at(path)
     if found is None:
         return load_model(path), load_tokenizer(path)
     run, folder = found
@@ -212,5 +212,5 @@ def _open(path: str) -> tuple[Any, Any]:
             f"{folder} is a run of a reward model, which writes no text; what transformers loads "
             f"is {folder / 'reward_model'}."
         )
-    model = offline.load_pretrained(run, folder, offline.open_mesh(run))
-    return model, offline.load_pretrained_tokenizer(folder)
+    model = pretrained.load_pretrained(run, folder, pretrained.open_mesh(run))
+    return model, pretrained.load_pretrained_tokenizer(folder)

@@ -149,7 +149,7 @@ def _ours(folder: Path):
 
     from align_jax.algorithms import preference
     from align_jax.data.chat import Example
-    from align_jax.training import offline
+    from align_jax.training import offline, pretrained
     from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
     from align_jax.training.reference import compute_log_probs
     from align_jax.training.step import init_state, make_train_step, place_batch
@@ -170,7 +170,7 @@ def _ours(folder: Path):
         masks = tuple(np.ones(len(response), np.float32) for response in responses)
         prompt = np.array(pair["prompt_ids"], np.int32)
         examples.append(Example(number, prompt, responses, masks, {}))
-    model, mesh = offline.open_model(config)
+    model, mesh = pretrained.open_model(config)
     reference = compute_log_probs(model, mesh, examples, config.data)
     attach = preference.attach_reference(examples, reference)
     collate = offline.make_collate(config.data, attach)

@@ -40,7 +40,7 @@ def measure(rank: int) -> dict[str, float]:
     from align_jax.algorithms import preference
     from align_jax.data.chat import Example
     from align_jax.models.frozen import partition
-    from align_jax.training import offline
+    from align_jax.training import offline, pretrained
     from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
     from align_jax.training.step import init_state, make_train_step, place_batch
 
@@ -63,7 +63,7 @@ def measure(rank: int) -> dict[str, float]:
     ]
     reference = np.full((PAIRS, 2), -600.0, np.float32)
     collate = offline.make_collate(config.data, preference.attach_reference(examples, reference))
-    model, mesh = offline.open_model(config)
+    model, mesh = pretrained.open_model(config)
     trained = sum(leaf.size for leaf in jax.tree.leaves(partition(model)[0]))
     optimizer = make_optimizer(config.optimizer, STEPS)
     schedule = make_schedule(config.optimizer, STEPS)

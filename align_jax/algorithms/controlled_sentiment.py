@@ -34,7 +34,7 @@ from align_jax.evaluation.policies import (
 from align_jax.evaluation.report import format_summary
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.rules import RULES
-from align_jax.training import offline
+from align_jax.training import offline, pretrained
 from align_jax.training.errors import RunError
 from align_jax.training.phases import Phases
 from align_jax.training.workdir import Workdir
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Runs every phase that has not been run; returns the summary of the report."""
     check(config)
     s, e = config.sampling, config.evaluation
-    tokenizer = offline.load_pretrained_tokenizer(config.model)
+    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     phases = Phases(workdir.path)
     train_openings = review_openings("train", s.prompts, seed=config.seed)
     held_out = review_openings("held_out", e.prompts, seed=config.seed)
@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
     def base() -> tuple[Transformer, Mesh]:
         nonlocal model_and_mesh
-        model_and_mesh = model_and_mesh or offline.open_model(config)
+        model_and_mesh = model_and_mesh or pretrained.open_model(config)
         return model_and_mesh
 
     def draw(name: str, model: Transformer, mesh: Mesh, openings: list[str], count: int, fold: int):
@@ -115,8 +115,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     pairs = phases.run("train", train)[0]["pairs"]
 
     def sample_trained() -> list[Sample]:
-        mesh = offline.open_mesh(config)
-        model = offline.restored_model(config, workdir.path, mesh)
+        mesh = pretrained.open_mesh(config)
+        model = pretrained.restored_model(config, workdir.path, mesh)
         samples = draw("sampling trained", model, mesh, held_out, e.trained_samples, 2)
         del model
         return with_log_probs_under(

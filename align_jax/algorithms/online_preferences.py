@@ -34,7 +34,7 @@ from align_jax.data.pipeline import permutation
 from align_jax.evaluation.policies import draw_samples
 from align_jax.rewards.base import Comparer, checked_probabilities
 from align_jax.rewards.configured import make_comparer
-from align_jax.training import offline
+from align_jax.training import pretrained
 from align_jax.training.errors import RunError
 from align_jax.training.phases import Phases
 from align_jax.training.workdir import Workdir, write_file
@@ -64,7 +64,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Runs the rounds that are not finished; returns the summaries of each round's two runs."""
     check(config)
     # A comparer that cannot be made stops the run before anything is sampled for it.
-    make_comparer(config.comparer, directory=workdir.path, mesh=offline.open_mesh(config.policy))
+    make_comparer(config.comparer, directory=workdir.path, mesh=pretrained.open_mesh(config.policy))
     summaries: dict[str, Any] = {}
     for number in range(config.rounds):
         folder = workdir.path.resolve() / f"round_{number}"
@@ -128,7 +128,7 @@ def check(config: ConfigDict) -> None:
 def _sample(config: ConfigDict, before: str, number: int) -> list[dict[str, Any]]:
     """Completions of this round's prompts by the current policy."""
     policy = config.policy
-    tokenizer = offline.load_pretrained_tokenizer(policy.model)
+    tokenizer = pretrained.load_pretrained_tokenizer(policy.model)
     records, examples = policy_gradient.load_prompts(
         policy.data, policy.data.source, tokenizer, max_new_tokens=policy.sampling.max_new_tokens
     )
@@ -140,7 +140,7 @@ def _sample(config: ConfigDict, before: str, number: int) -> list[dict[str, Any]
         for epoch, place in (divmod(i, len(examples)) for i in range(first, first + config.prompts))
     ]
     settings = ConfigDict(policy.to_dict() | {"model": before or policy.model})
-    model, mesh = offline.open_model(settings)
+    model, mesh = pretrained.open_model(settings)
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 + 1)
     asked = [records[examples[i].id] for i in order]
     samples = draw_samples(
@@ -163,7 +163,7 @@ def _compare(
 ) -> list[dict[str, Any]]:
     """A ranking of each prompt's completions."""
     comparer: Comparer = make_comparer(
-        config.comparer, directory=folder / "labels", mesh=offline.open_mesh(config.policy)
+        config.comparer, directory=folder / "labels", mesh=pretrained.open_mesh(config.policy)
     )
     groups = [samples[i : i + config.samples] for i in range(0, len(samples), config.samples)]
     pairs = list(itertools.combinations(range(config.samples), 2))

@@ -55,7 +55,7 @@ from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import check_records, checked_scores
 from align_jax.rewards.configured import make_reward
-from align_jax.training import offline, online
+from align_jax.training import offline, online, pretrained
 from align_jax.training.errors import RunError
 from align_jax.training.online import default_sampling_config
 from align_jax.training.optimizer import make_schedule
@@ -243,7 +243,7 @@ def check_count(config: ConfigDict, examples: Sequence[Example]) -> None:
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Trains a policy, samples it on held-out prompts if there are any, and writes the report."""
     check(config)
-    tokenizer = offline.load_pretrained_tokenizer(config.model)
+    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     sampling, held_out = config.sampling, config.evaluation
     online.stop_tokens(tokenizer, sampling)
     load = lambda source: load_prompts(  # noqa: E731
@@ -251,7 +251,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     )
     records, examples = load(config.data.source)
     check_count(config, examples)
-    mesh = offline.open_mesh(config)
+    mesh = pretrained.open_mesh(config)
     reward = make_reward(config.reward, tokenizer=tokenizer, mesh=mesh)
     check_records(reward, records)
     judged_by = reward
@@ -269,7 +269,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             "config.evaluation.reward, or set config.evaluation.source='' for no such samples."
         )
     for name in ("init", "critic_init"):
-        if config[name] and offline.run_at(config[name]) is None:
+        if config[name] and pretrained.run_at(config[name]) is None:
             try:
                 locate(config[name], weights=True)
             except ModelError as error:
@@ -280,7 +280,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         held_out_records, held_out_examples = load(held_out.source)
         for one in (reward, judged_by):
             check_records(one, held_out_records)
-    model, mesh = offline.open_model(config)
+    model, mesh = pretrained.open_model(config)
     offline.check_context(config, model)
     reference = without_adapters(model)
     trainer = Trainer(
@@ -320,7 +320,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     )
 
     def sample_trained() -> list[Sample]:
-        policy = offline.restored_model(config, workdir.path, mesh)
+        policy = pretrained.restored_model(config, workdir.path, mesh)
         samples = draw("sampling trained", policy, held_out.trained_samples, 1)
         return with_log_probs_under(
             reference,

@@ -33,7 +33,7 @@ from align_jax.models.frozen import partition
 from align_jax.models.heads import ScalarHead
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import Reward, scores_and_components
-from align_jax.training import offline, online
+from align_jax.training import offline, online, pretrained
 from align_jax.training.checkpoint import Checkpointer, require_space
 from align_jax.training.errors import RunError
 from align_jax.training.metrics import MetricWriter, read_metrics
@@ -351,7 +351,7 @@ class Trainer:
         """The model the policy starts as."""
         if not self.config.init:
             return self.model
-        model, _ = offline.open_model(_with(self.config, model=self.config.init))
+        model, _ = pretrained.open_model(_with(self.config, model=self.config.init))
         if model.config != self.reference.config:
             raise RunError(
                 f"config.init = {self.config.init} is a model of another shape than config.model = "

@@ -25,7 +25,7 @@ from align_jax.data.formats import DataError
 from align_jax.losses.preference import wpo_weights
 from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
-from align_jax.training import offline
+from align_jax.training import offline, pretrained
 from align_jax.training.reference import reference_log_probs
 from align_jax.training.scoring import log_probs_from_states, predicting_states, sum_by_response
 from align_jax.training.step import Batch, LossFunction, LossSums
@@ -218,10 +218,10 @@ def train(
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Trains as configured, the model it starts from being the reference; returns the summary."""
     check(config)
-    tokenizer = offline.load_pretrained_tokenizer(config.model)
+    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     examples = load_pairs(config, config.data.source, tokenizer)
     held_out = _held_out(config, tokenizer)
-    model, mesh = offline.open_model(config)
+    model, mesh = pretrained.open_model(config)
     offline.check(config, workdir.path, model, len(examples))
     offline.check_lengths(config.data, examples)
     reference = _reference(config, model, mesh, examples)
@@ -232,9 +232,9 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Loss, accuracy and margin of the trained implicit reward on `config.data.eval_source`."""
-    held_out = _held_out(config, offline.load_pretrained_tokenizer(config.model))
-    base, mesh = offline.open_model(config)
-    model = offline.restored_model(config, workdir.path, mesh)
+    held_out = _held_out(config, pretrained.load_pretrained_tokenizer(config.model))
+    base, mesh = pretrained.open_model(config)
+    model = pretrained.restored_model(config, workdir.path, mesh)
     reference = _reference(config, base, mesh, held_out)
     return _evaluated(config, model, mesh, held_out, reference)
 

@@ -50,7 +50,7 @@ from align_jax.models.heads import (
 )
 from align_jax.models.interchange import load_reward_model, save_reward_model
 from align_jax.rewards.model import DIRECTORY, RewardModel, member_directories
-from align_jax.training import offline
+from align_jax.training import offline, pretrained
 from align_jax.training.errors import RunError
 from align_jax.training.metrics import read_metrics
 from align_jax.training.step import Batch, LossFunction, LossSums
@@ -190,9 +190,9 @@ def sources(config: ConfigDict) -> list[tuple[str, str]]:
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Trains every member, sets its zero and unit, saves all as one; returns the summary."""
     check(config)
-    tokenizer = offline.load_pretrained_tokenizer(config.model)
+    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     examples, held_out = load_comparisons(config, tokenizer)
-    mesh = offline.open_mesh(config)
+    mesh = pretrained.open_mesh(config)
     reference = None
     if config.normalization.kind != "none":
         reference = reward_normalization.reference_texts(config, workdir, mesh)
@@ -231,13 +231,13 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Accuracy and calibration of a finished run's model on `data.eval_source` or `held_out`."""
-    tokenizer = offline.load_pretrained_tokenizer(config.model)
+    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     if config.data.eval_source:  # the data it was trained on may be gone
         held_out = load_source(config, config.data.eval_source, tokenizer)
         held_out = prepare(config, held_out, margins=False)
     else:
         held_out = load_comparisons(config, tokenizer)[1]
-    mesh = offline.open_mesh(config)
+    mesh = pretrained.open_mesh(config)
     scalars = _saved_scalars(config, workdir.path, mesh, held_out)
     return _report(config, workdir, held_out, scalars)
 
@@ -255,7 +255,7 @@ def train_member(
         directory = directory / "members" / str(member)
         directory.mkdir(parents=True, exist_ok=True)
         description = f"{config.loss} {member + 1}/{config.ensemble}"
-    transformer, mesh = offline.open_model(settings)
+    transformer, mesh = pretrained.open_model(settings)
     transformer = without_unembedding(transformer)
     model = ScalarModel(transformer, key=jax.random.key(settings.seed))
     return offline.train(

@@ -14,7 +14,7 @@ from align_jax.data.chat import encode_records
 from align_jax.data.formats import Record
 from align_jax.data.sources import load_records
 from align_jax.models.heads import RewardScale
-from align_jax.training import offline
+from align_jax.training import pretrained
 from align_jax.training.errors import RunError
 from align_jax.training.metrics import progress
 from align_jax.training.online import default_sampling_config, roll_out
@@ -84,8 +84,8 @@ def _with_completion(record: Record) -> Record:
 
 def _sample(config: ConfigDict, records: Sequence[Record], mesh: Mesh) -> list[str]:
     n = config.normalization
-    tokenizer = offline.load_pretrained_tokenizer(n.policy)
-    policy = offline.load_pretrained(config, n.policy, mesh)
+    tokenizer = pretrained.load_pretrained_tokenizer(n.policy)
+    policy = pretrained.load_pretrained(config, n.policy, mesh)
     room = policy.config.context_length - n.max_new_tokens
     examples = encode_records(records, tokenizer, kind="prompt", max_length=room)
     sampling = default_sampling_config(max_new_tokens=n.max_new_tokens)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from align_jax.data.chat import Example
 from align_jax.losses.log_probs import negative_log_likelihood
 from align_jax.models.transformer import Transformer
-from align_jax.training import offline
+from align_jax.training import offline, pretrained
 from align_jax.training.scoring import target_log_probs
 from align_jax.training.step import Batch, LossSums
 from align_jax.training.workdir import Workdir
@@ -42,19 +42,19 @@ def sources(config: ConfigDict) -> list[tuple[str, str]]:
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Trains as configured; returns the summary."""
     check(config)
-    tokenizer = offline.load_pretrained_tokenizer(config.model)
+    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     examples = offline.load_examples(config.data, config.data.source, tokenizer, kind=KIND)
     held_out = _held_out(config, tokenizer)
-    model, mesh = offline.open_model(config)
+    model, mesh = pretrained.open_model(config)
     model = offline.train(config, workdir.path, model, mesh, examples, loss_sums, description="SFT")
     return _evaluated(config, model, mesh, held_out)
 
 
 def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """The trained model's loss on `config.data.eval_source`, in nats a token."""
-    held_out = _held_out(config, offline.load_pretrained_tokenizer(config.model))
-    mesh = offline.open_mesh(config)
-    model = offline.restored_model(config, workdir.path, mesh)
+    held_out = _held_out(config, pretrained.load_pretrained_tokenizer(config.model))
+    mesh = pretrained.open_mesh(config)
+    model = pretrained.restored_model(config, workdir.path, mesh)
     return _evaluated(config, model, mesh, held_out)
 
 

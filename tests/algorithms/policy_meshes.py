@@ -16,7 +16,7 @@ from align_jax.config import load_config
 from align_jax.distributed.mesh import make_mesh
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.models.lora import without_adapters
-from align_jax.training import offline
+from align_jax.training import pretrained
 from align_jax.training.metrics import read_metrics
 
 CONFIG = pathlib.Path(__file__).parents[2] / "experiments" / "ppo.py"
@@ -56,7 +56,7 @@ def train(directory, overrides, sizes, iterations=2):
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), axes)
     else:
         mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    model = offline.adapted(config, load_model("tiny", mesh=mesh), mesh)
+    model = pretrained.with_adapters(config, load_model("tiny", mesh=mesh), mesh)
     reference = without_adapters(model)
     directory.mkdir(exist_ok=True)
     trainer = Trainer(

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from align_jax.algorithms.controlled_sentiment import evaluate, make_pairs, run, summarise
-from align_jax.training import offline, online, phases
+from align_jax.training import online, phases, pretrained
 from align_jax.training.errors import RunError
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
@@ -133,7 +133,7 @@ def test_the_whole_runs_is_not_run_again_and_survives_an_interruption_anywhere(
     # Run again, nothing is computed: every phase is there.
     with monkeypatch.context() as patch:
         patch.setattr(online, "generate", pytest.fail)
-        patch.setattr(offline, "load_model", pytest.fail)
+        patch.setattr(pretrained, "load_model", pytest.fail)
         assert without_seconds(run(config, workdir)) == without_seconds(summary)
 
     # Interrupted after each phase in turn, it goes on to the same summary.

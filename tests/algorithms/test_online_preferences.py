@@ -9,7 +9,7 @@ from align_jax.algorithms import online_preferences, policy_gradient, reward_mod
 from align_jax.algorithms.online_preferences import rank_by_wins
 from align_jax.rewards.base import RewardError
 from align_jax.rewards.people import WaitingForLabels
-from align_jax.training import offline, online
+from align_jax.training import online, pretrained
 from align_jax.training.checkpoint import flatten
 from align_jax.training.errors import RunError
 from align_jax.training.workdir import Workdir
@@ -35,8 +35,8 @@ SMALL = {
 
 
 def policy_of(config, folder):
-    mesh = offline.open_mesh(config.policy)
-    return flatten(offline.load_pretrained(config.policy, folder, mesh))
+    mesh = pretrained.open_mesh(config.policy)
+    return flatten(pretrained.load_pretrained(config.policy, folder, mesh))
 
 
 def test_rounds_stopped_in_every_phase_are_those_left_alone(tiny_config, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from align_jax.generation import sampler
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import RewardError
-from align_jax.training import offline, online
+from align_jax.training import online, pretrained
 from align_jax.training.checkpoint import Checkpointer, flatten
 from align_jax.training.loop import Interrupted
 from align_jax.training.metrics import read_metrics
@@ -69,7 +69,7 @@ def new_trainer(tiny_config, tokenizer, base, tmp_path):
         )
         directory = tmp_path / name
         directory.mkdir(exist_ok=True)
-        mesh = offline.open_mesh(config)
+        mesh = pretrained.open_mesh(config)
         start = base if model is None else model
         trainer = Trainer(
             config, directory, mesh, tokenizer, start, base, reward, records, examples

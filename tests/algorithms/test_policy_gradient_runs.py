@@ -11,7 +11,7 @@ from align_jax.data.formats import DataError
 from align_jax.rewards.base import RewardError, checked_scores
 from align_jax.rewards.configured import make_reward
 from align_jax.rewards.rules import vader_sentiment
-from align_jax.training import offline, online
+from align_jax.training import online, pretrained
 from align_jax.training.checkpoint import Checkpointer, flatten
 from align_jax.training.errors import RunError
 from align_jax.training.metrics import read_metrics
@@ -86,9 +86,10 @@ def test_adapters_on_another_start_than_the_reference(tiny_config, tmp_path):
     config = tiny_config("ppo", overrides | {"optimizer.learning_rate": 0.0})
     workdir = Workdir(tmp_path / "run", config)
     summary = policy_gradient.run(config, workdir)
-    mesh = offline.open_mesh(config)
+    mesh = pretrained.open_mesh(config)
     result, start = (
-        flatten(offline.load_pretrained(config, path, mesh)) for path in (workdir.path, tuned.path)
+        flatten(pretrained.load_pretrained(config, path, mesh))
+        for path in (workdir.path, tuned.path)
     )
     for name in start:
         np.testing.assert_allclose(result[name], start[name], atol=1e-6, err_msg=name)

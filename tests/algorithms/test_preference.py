@@ -11,8 +11,9 @@ from align_jax.algorithms import preference, sft
 from align_jax.algorithms.preference import attach_reference, make_loss
 from align_jax.data.chat import Example
 from align_jax.data.formats import DataError
+from align_jax.distributed.mesh import make_mesh
 from align_jax.models.interchange import load_model, load_tokenizer
-from align_jax.training import offline
+from align_jax.training import offline, pretrained
 from align_jax.training.errors import RunError
 from align_jax.training.metrics import read_metrics
 from align_jax.training.reference import compute_log_probs
@@ -31,7 +32,7 @@ def pairs(model):
     examples = offline.load_examples(
         data, "builtin:tiny_preferences", load_tokenizer("tiny"), kind="preference"
     )
-    reference = compute_log_probs(model, offline.make_mesh(), examples, data)
+    reference = compute_log_probs(model, make_mesh(), examples, data)
     batch = offline.make_collate(data, attach_reference(examples, reference))(examples)
     return jax.tree.map(jnp.asarray, batch)
 
@@ -104,7 +105,7 @@ def test_it_starts_from_a_run_which_is_then_the_reference(tiny_config, tmp_path)
     assert abs(row["loss"] - math.log(2)) < 1e-6
     # Whose log-probabilities are the tuned model's and not the untouched one's.
     examples = preference.load_pairs(config, source, load_tokenizer("tiny"))
-    model, mesh = offline.open_model(config)
+    model, mesh = pretrained.open_model(config)
     for start, same in ((model, True), (load_model("tiny", mesh=mesh), False)):
         log_probs = compute_log_probs(start, mesh, examples, config.data)
         means = preference.evaluate(config, workdir)["eval"]
@@ -112,7 +113,7 @@ def test_it_starts_from_a_run_which_is_then_the_reference(tiny_config, tmp_path)
 
 
 def test_an_unknown_loss_is_refused_before_anything_is_read(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline, "load_pretrained_tokenizer", pytest.fail)
+    monkeypatch.setattr(pretrained, "load_pretrained_tokenizer", pytest.fail)
     config = tiny_config("dpo", {"loss": "dpoo"})
     with pytest.raises(RunError, match="config.loss is 'dpoo'; expected one of .*'dpo'"):
         preference.run(config, Workdir(tmp_path, config))

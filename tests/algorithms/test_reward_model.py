@@ -21,7 +21,7 @@ from align_jax.data.formats import DataError
 from align_jax.models.heads import ScalarModel, response_scores
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.rewards.model import RewardModel
-from align_jax.training import loop, offline
+from align_jax.training import loop, offline, pretrained
 from align_jax.training.checkpoint import flatten
 from align_jax.training.errors import RunError
 from align_jax.training.loop import Interrupted
@@ -367,8 +367,8 @@ def test_it_starts_from_the_run_of_another_algorithm(tiny_config, tmp_path):
     config = tiny_config("reward_model", overrides)
     workdir = Workdir(tmp_path / "reward", config)
     reward_model.run(config, workdir)
-    mesh = offline.open_mesh(config)
-    expected = flatten(offline.load_pretrained(config, str(tuned.path), mesh))
+    mesh = pretrained.open_mesh(config)
+    expected = flatten(pretrained.load_pretrained(config, str(tuned.path), mesh))
     [(model, _)] = RewardModel.load(workdir.path).members
     for name, leaf in flatten(model.transformer).items():
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
@@ -398,7 +398,7 @@ def test_it_starts_from_the_run_of_another_algorithm(tiny_config, tmp_path):
 def test_a_wrong_config_is_refused_before_anything_is_computed(
     tiny_config, tmp_path, monkeypatch, overrides, message
 ):
-    monkeypatch.setattr(offline, "open_model", pytest.fail)
+    monkeypatch.setattr(pretrained, "open_model", pytest.fail)
     config = tiny_config("reward_model", overrides)
     with pytest.raises((RunError, DataError), match=message):
         reward_model.run(config, Workdir(tmp_path, config))

@@ -11,7 +11,7 @@ from align_jax.data.builtin import load_builtin
 from align_jax.data.formats import DataError
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.interchange import load_model, load_tokenizer
-from align_jax.training import offline
+from align_jax.training import offline, pretrained
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
 
@@ -62,7 +62,7 @@ def test_it_learns_what_there_is_to_learn_and_evaluates(tiny_config, tmp_path):
 
 
 def test_a_wrong_held_out_source_is_found_before_training(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline, "open_model", pytest.fail)
+    monkeypatch.setattr(pretrained, "open_model", pytest.fail)
     config = tiny_config("sft", {"data.eval_source": "nowhere.jsonl"})
     with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
         sft.run(config, Workdir(tmp_path, config))

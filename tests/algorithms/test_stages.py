@@ -8,7 +8,7 @@ import pytest
 from align_jax import main
 from align_jax.algorithms import policy_gradient, reward_model, sft, stages
 from align_jax.models.interchange import load_reward_model
-from align_jax.training import offline
+from align_jax.training import pretrained
 from align_jax.training.checkpoint import flatten
 from align_jax.training.errors import RunError
 from align_jax.training.workdir import Workdir
@@ -45,9 +45,9 @@ def test_the_stages_build_on_each_other_and_are_not_run_again(
     assert summary["ppo"]["train"]["objective/kl_coefficient"] == pytest.approx(0.03)
     assert stages.evaluate(config, Workdir(tmp_path / "run", config)) == summary
 
-    mesh = offline.open_mesh(config.sft)
+    mesh = pretrained.open_mesh(config.sft)
     start, result = (
-        flatten(offline.load_pretrained(config.sft, tmp_path / "run" / name, mesh))
+        flatten(pretrained.load_pretrained(config.sft, tmp_path / "run" / name, mesh))
         for name in ("sft", "")
     )
     # The reference is the first stage's model: at the first update the KL to it is 0.
@@ -65,7 +65,7 @@ def test_the_stages_build_on_each_other_and_are_not_run_again(
     assert main.main(["evaluate", f"--workdir={workdir}"]) == 0
     assert json.loads(capsys.readouterr().out) == summary
     assert main.main(["export", f"--workdir={workdir}", f"--to={tmp_path / 'out'}"]) == 0
-    exported = flatten(offline.load_pretrained(config.sft, tmp_path / "out", mesh))
+    exported = flatten(pretrained.load_pretrained(config.sft, tmp_path / "out", mesh))
     for name in exported:
         np.testing.assert_array_equal(exported[name], result[name], err_msg=name)
 

@@ -14,7 +14,7 @@ from align_jax.generation import generate
 from align_jax.models.heads import RewardScale, ScalarModel
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.rewards.model import RewardModel
-from align_jax.training import offline
+from align_jax.training import offline, pretrained
 from align_jax.training.checkpoint import flatten
 from align_jax.training.metrics import read_metrics
 from align_jax.training.optimizer import make_optimizer, make_schedule
@@ -92,15 +92,15 @@ def through_train(directory, sizes):
     examples = offline.load_examples(
         c.data, c.data.source, load_tokenizer("tiny"), kind="preference"
     )
-    model, mesh = offline.open_model(c)
+    model, mesh = pretrained.open_model(c)
     reference = compute_log_probs(model, mesh, examples, c.data)
     attach = preference.attach_reference(examples, reference)
     loss = preference.make_loss(c)
     directory.mkdir()
     offline.train(c, directory, model, mesh, examples, loss, attach=attach, description="DPO")
     # What eight devices saved, eight devices laid out otherwise read.
-    other = offline.restored_model(c, directory, meshes.make_mesh(fsdp=4, tensor=2))
-    again = offline.restored_model(c, directory, mesh)
+    other = pretrained.restored_model(c, directory, meshes.make_mesh(fsdp=4, tensor=2))
+    again = pretrained.restored_model(c, directory, mesh)
     for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     return read_metrics(directory)

@@ -4,7 +4,7 @@ import pytest
 
 from align_jax import main as command_line
 from align_jax.algorithms import preference
-from align_jax.training import offline
+from align_jax.training import offline, pretrained
 
 
 @pytest.fixture
@@ -26,7 +26,9 @@ def fails(capsys):
 @pytest.fixture
 def no_model(monkeypatch):
     """Nothing that costs anything may happen: no model is loaded."""
-    monkeypatch.setattr(offline, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        pretrained, "load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
 
 
 @pytest.fixture

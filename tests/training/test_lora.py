@@ -16,7 +16,7 @@ from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.frozen import partition
 from align_jax.models.interchange import load_model
 from align_jax.models.lora import add_adapters, merge_adapters, without_adapters
-from align_jax.training import offline
+from align_jax.training import offline, pretrained
 from align_jax.training.checkpoint import Checkpointer, fingerprint, flatten
 from align_jax.training.errors import RunError
 from align_jax.training.metrics import read_metrics
@@ -141,10 +141,10 @@ def test_dpo_starts_at_ln_2_and_learns(dpo_run):
 
 def test_a_runs_model_is_its_base_with_trained_adapters_and_exports_merged(dpo_run, tmp_path):
     path, config = dpo_run
-    mesh = offline.open_mesh(config)
-    model = offline.restored_model(config, path, mesh)
+    mesh = pretrained.open_mesh(config)
+    model = pretrained.restored_model(config, path, mesh)
     assert fingerprint(partition(model)[1]) == fingerprint(
-        partition(offline.open_model(config)[0])[1]
+        partition(pretrained.open_model(config)[0])[1]
     )
     assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(model.adapters))
     assert main.main(["export", f"--workdir={path}", f"--to={tmp_path / 'out'}"]) == 0
@@ -154,7 +154,7 @@ def test_a_runs_model_is_its_base_with_trained_adapters_and_exports_merged(dpo_r
     # Another run that begins with this one has a base of its own: the merged model.
     config = tiny_dpo({"lora.rank": 2})
     config.model = str(path)
-    after, _ = offline.open_model(config)
+    after, _ = pretrained.open_model(config)
     base = jax.tree.leaves(without_adapters(after))
     for a, b in zip(base, jax.tree.leaves(merged), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -167,7 +167,7 @@ def test_a_run_continued_is_bitwise_the_run_that_was_left_alone(mesh, make_examp
         config = tiny_dpo({"num_steps": num_steps, "data.batch_size": 4, "lora.rank": 2})
         config.lora.targets = "query, down"
         config.optimizer.schedule = "constant"
-        model, _ = offline.open_model(config)
+        model, _ = pretrained.open_model(config)
         (tmp_path / name).mkdir(exist_ok=True)
         model = offline.train(
             config, tmp_path / name, model, mesh, examples, sft.loss_sums, description="SFT"
@@ -217,7 +217,7 @@ def test_bad_values_are_refused_by_their_place_in_the_config(model, lora, messag
     config.model = model
     config.lora.update(lora)
     with pytest.raises(RunError, match=message):
-        offline.open_model(config)
+        pretrained.open_model(config)
 
 
 def test_two_devices_train_as_one_does():
