@@ -11,6 +11,7 @@ hh_harmless/pairs.jsonl.gz (Anthropic's red-teaming pairs). Written are
     oasst_prompts.jsonl           prompt
     helpful_pairs.jsonl           preference
     hh_prompts.jsonl              prompt: red-teaming dialogues up to the assistant's last turn
+    hh_mixture.jsonl              preference: helpful and red-teaming pairs by turns
 
 Trees, and so prompts of one conversation, are never split: the files keep the order of DATA.
 """
@@ -37,6 +38,8 @@ def main() -> None:
     files = _oasst(arguments.source / "oasst_en100" / "kwise.jsonl.gz")
     files |= _helpful(arguments.source / "llamafactory_demos" / "dpo_en_demo.jsonl.gz")
     files |= _hh(arguments.source / "hh_harmless" / "pairs.jsonl.gz")
+    by_turns = zip(files["helpful_pairs"], files.pop("harmless_pairs"))
+    files["hh_mixture"] = [pair for both in by_turns for pair in both]
     arguments.to.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():
         file = arguments.to / f"{name}.jsonl"
@@ -82,7 +85,7 @@ def _helpful(file: Path) -> dict[str, Records]:
 
 
 def _hh(file: Path) -> dict[str, Records]:
-    prompts: Records = []
+    prompts, pairs = [], []
     for number, record in enumerate(_read(file), start=1):
         try:
             pair = parse_record(record, kind="preference", where=f"{file}:{number}")
@@ -90,7 +93,8 @@ def _hh(file: Path) -> dict[str, Records]:
             print(f"left out: {error}")
             continue
         prompts.append({"prompt": pair["prompt"]})
-    return {"hh_prompts": prompts}
+        pairs.append(record)
+    return {"hh_prompts": prompts, "harmless_pairs": pairs}
 
 
 if __name__ == "__main__":

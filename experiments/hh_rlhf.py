@@ -4,15 +4,22 @@
     launch/local.sh experiments/hh_rlhf.py --config.harmless.data.source=harmless.jsonl.gz \
         --config.helpful.data.source=helpful.jsonl.gz --config.ppo.data.source=prompts.jsonl \
         --config.harmless.normalization.source=prompts.jsonl \
-        --config.helpful.normalization.source=prompts.jsonl
+        --config.helpful.normalization.source=prompts.jsonl \
+        --config.online.reward_model.data.source=mixture.jsonl \
+        --config.online.reward_model.normalization.source=prompts.jsonl \
+        --config.online.policy.data.source=prompts.jsonl
 
-Two preference models, one on comparisons for helpfulness and one on red-teaming dialogues, and PPO
-against r_PM - lambda_KL KL with their sum as r_PM. As in the paper: lambda_KL = 0.001. What
-differs: the paper trains one preference model on the mixture of the data; two models whose scores
-are added let the metrics show either (`objective/scores/helpful`, `/harmless`), and each is
+Two preference models, one on comparisons for helpfulness and one on red-teaming dialogues; PPO
+against r_PM - lambda_KL KL with their sum as r_PM (lambda_KL = 0.001, as in the paper); then
+iterated online RLHF (section 4.5): two answers of the policy to each prompt are compared, a
+preference model is fitted to these and to the mixture of all earlier comparisons, and PPO goes on
+against it. What differs: the paper's first preference model is one on the mixture, too; two whose
+scores are added let the metrics show either (`objective/scores/helpful`, `/harmless`), and each is
 normalised to mean 0 and standard deviation 1 on the policy's samples first, so that weights mean
-what they say. Its online training is in rounds of weeks: `experiments/ziegler2019_sentiment.py`
-has the rounds. At `small`: SmolLM2, built-in made data by default.
+what they say. The paper trains each round's policy from the start, here it goes on from the last.
+At `small`: SmolLM2, built-in made data by default, and in place of people the two preference
+models compare, so what the rounds could add is not in it. `scale=paper` waits for people's labels
+in files (docs/rewards.md).
 
 `scale=tiny` takes about a minute; `scale=small` has not been measured yet; `scale=paper` is the
 hub's data with a Llama 2 7B; not run.
@@ -20,6 +27,7 @@ hub's data with a Llama 2 7B; not run.
 
 from ml_collections import ConfigDict
 
+from align_jax.algorithms.online_preferences import make_online_config
 from align_jax.algorithms.policy_gradient import default_policy_gradient_config
 from align_jax.algorithms.reward_model import default_reward_model_config
 from align_jax.algorithms.stages import make_stages_config
@@ -28,7 +36,7 @@ from align_jax.training.offline import default_data_config, default_run_config
 from align_jax.training.online import default_sampling_config
 from align_jax.training.optimizer import default_optimizer_config
 
-PROMPTS = "builtin:tiny_chat_preferences"
+DATA = PROMPTS = "builtin:tiny_chat_preferences"
 
 
 def preference_model(source: str) -> ConfigDict:
@@ -46,14 +54,23 @@ def preference_model(source: str) -> ConfigDict:
     return config
 
 
+def policy_config() -> ConfigDict:
+    config = default_run_config()
+    config.update(default_policy_gradient_config())
+    config.optimizer = default_optimizer_config(learning_rate=1e-5, eps=1e-5, schedule="linear")
+    config.data = default_data_config(source=PROMPTS, max_length=128)
+    config.sampling = default_sampling_config(prompts=32, max_new_tokens=32)
+    config.kl.coefficient = 0.001
+    config.update(num_iterations=8, epochs=1, minibatches=4)
+    return config
+
+
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    helpful = preference_model("builtin:tiny_chat_preferences")
-    harmless = preference_model("builtin:tiny_chat_preferences")
+    helpful, harmless, mixture = (preference_model(DATA) for _ in range(3))
     harmless.seed = 1
-    ppo = default_run_config()
-    ppo.update(default_policy_gradient_config())
-    ppo.reward = ConfigDict(
+    mixture.loss = "all_pairs"  # what the rounds make are rankings: of two, so the same loss
+    both = ConfigDict(
         {
             "kind": "mixture",
             "components": {
@@ -62,31 +79,46 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
             },
         }
     )
-    ppo.optimizer = default_optimizer_config(learning_rate=1e-5, eps=1e-5, schedule="linear")
-    ppo.data = default_data_config(source=PROMPTS, max_length=128)
-    ppo.sampling = default_sampling_config(prompts=32, max_new_tokens=32)
-    ppo.kl.coefficient = 0.001
-    ppo.update(num_iterations=8, epochs=1, minibatches=4)
+    ppo, policy = policy_config(), policy_config()
+    ppo.reward = both
+    policy.init = "stage:ppo"
+    policy.num_iterations = 4
+    rounds, prompts = 1, 64
     if scale == "tiny":
-        for config in (helpful, harmless, ppo):
+        for config in (helpful, harmless, mixture, ppo, policy):
             config.model = "tiny"
             config.optimizer.learning_rate = 1e-3
             config.data.max_length = 320
-        for config in (helpful, harmless):
+        for config in (helpful, harmless, mixture):
             config.normalization.update(policy="tiny", limit=8, max_new_tokens=8)
-        ppo.sampling.update(prompts=8, max_new_tokens=8)
-        ppo.update(num_iterations=2, minibatches=2)
+        for config in (ppo, policy):
+            config.sampling.update(prompts=8, max_new_tokens=8)
+            config.update(num_iterations=2, minibatches=2)
+        prompts = 8
     elif scale == "paper":
-        for config in (helpful, harmless, ppo):
+        for config in (helpful, harmless, mixture, ppo, policy):
             config.model = "meta-llama/Llama-2-7b-chat-hf"
             config.compute_dtype = "bfloat16"
             config.data.update(max_length=2048, rows=0)
-        # The files of Anthropic/hh-rlhf on the hub, as they lie there.
-        for name, config in (("helpful-base", helpful), ("harmless-base", harmless)):
-            config.data.update(source=f"{name}/train.jsonl.gz", batch_size=64)
+        # The files of Anthropic/hh-rlhf on the hub, as they lie there; all of them in the mixture.
+        for source, config in (
+            ("helpful-base/train.jsonl.gz", helpful),
+            ("harmless-base/train.jsonl.gz", harmless),
+            ("mixture.jsonl", mixture),
+        ):
+            config.data.update(source=source, batch_size=64)
             config.normalization.update(policy=config.model, limit=1024, max_new_tokens=128)
             config.normalization.source = "prompts.jsonl"
-        ppo.data.source = "prompts.jsonl"
-        ppo.sampling.update(prompts=512, max_new_tokens=512)
-        ppo.update(num_iterations=500, minibatches=8)
-    return make_stages_config(helpful=helpful, harmless=harmless, ppo=ppo)
+        for config in (ppo, policy):
+            config.data.source = "prompts.jsonl"
+            config.sampling.update(prompts=512, max_new_tokens=512)
+            config.update(num_iterations=500, minibatches=8)
+        rounds, prompts = 5, 2048
+    online = make_online_config(
+        reward_model=mixture, policy=policy, rounds=rounds, prompts=prompts, samples=2
+    )
+    people = {"kind": "people"}
+    online.comparer = ConfigDict(
+        people if scale == "paper" else {"kind": "oracle", "reward": both.to_dict()}
+    )
+    return make_stages_config(helpful=helpful, harmless=harmless, ppo=ppo, online=online)

@@ -13,8 +13,9 @@ files as above. On such easy pairs the reward model is so sure that bad completi
 where the demonstrations score 0, so the paper's -1 for a missing stop token would be a reward: with
 it the share of completions that end fell from 16 to 2 of 32 in five iterations. Here it is -6.
 
-`scale=tiny` takes about a minute; `scale=small` has not been measured yet; `scale=paper` is TL;DR
-with a Llama 2 in place of a 6.7B GPT; not run.
+`scale=small` took 10 minutes on 2 cores and 8.2 GiB: in 8 iterations the mean score of completions
+went from -4.5 to -0.5, those that end from 16 to 31 of 32, at 1.9 nats (seed 0). `scale=tiny` takes
+about a minute; `scale=paper` is TL;DR with a Llama 2 in place of a 6.7B GPT; not run.
 """
 
 from ml_collections import ConfigDict

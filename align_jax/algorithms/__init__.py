@@ -8,10 +8,14 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from align_jax.data.formats import DataError
+from align_jax.data.sources import load_records
 from align_jax.training.errors import RunError
 
+# What a run reads: a source, the kind of its records, and the `data` config it is read by.
+Source = tuple[str, str, ConfigDict]
+
 # What `config.algorithm` may say, and the module with its `run` and `evaluate`, of (config,
-# workdir), its `check`, of a config alone, and `sources`, what it reads.
+# workdir), its `check`, of a config alone, and its `sources`.
 ALGORITHMS = {
     "sft": "align_jax.algorithms.sft",
     "preference": "align_jax.algorithms.preference",
@@ -32,6 +36,13 @@ def algorithm_of(config: ConfigDict, *, key: str = "config") -> ModuleType:
     if name not in ALGORITHMS:
         raise RunError(f"{key}.algorithm is {name!r}; expected one of {list(ALGORITHMS)}.")
     return importlib.import_module(ALGORITHMS[name])
+
+
+def read_sources(sources: list[Source]) -> None:
+    """Raises `DataError` for what a run would stop at once something has been paid for."""
+    for source, kind, data in sources:
+        if source:
+            load_records(source, kind=kind, limit=data.limit or None, invalid=data.invalid)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax.algorithms import preference
+from align_jax.algorithms import Source, preference
 from align_jax.data.builtin import review_openings
 from align_jax.data.chat import Example
 from align_jax.evaluation.policies import (
@@ -40,7 +40,7 @@ from align_jax.training.phases import Phases
 from align_jax.training.workdir import Workdir
 
 
-def sources(config: ConfigDict) -> list[tuple[str, str]]:
+def sources(config: ConfigDict) -> list[Source]:
     """None: the openings are made, and what is trained on is sampled."""
     return []
 

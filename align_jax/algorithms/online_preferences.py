@@ -7,9 +7,10 @@ samples all along; Bai et al. 2022 (arXiv:2204.05862, section 4.5) and Touvron e
 1. samples `samples` completions of each of the next `prompts` prompts from the current policy,
 2. has every pair of them compared: by an oracle, by a language model, or by people through files
    (the run then stops and says which file it waits for; the same command goes on),
-3. fits a reward model, from its base, to the comparisons of all rounds so far,
+3. fits a reward model, from its base, to the comparisons of all rounds so far, and to those of
+   `config.reward_model.data.source`, if there were any (kind `preference`) before the first round,
 4. continues the policy against it, with a new optimizer and critic. The reference of the KL stays
-   `config.policy.model`.
+   `config.policy.model`; the first round's policy is `config.policy.init`, "" for the reference.
 
     WORKDIR/round_0/samples/    sample.jsonl, comparisons.jsonl
     WORKDIR/round_0/labels/     pairs.jsonl, labels.jsonl: with people only
@@ -29,8 +30,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from align_jax.algorithms import errors_in, policy_gradient, reward_model
+from align_jax.algorithms import (
+    Source,
+    errors_in,
+    policy_gradient,
+    read_sources,
+    reward_model,
+    reward_normalization,
+)
 from align_jax.data.pipeline import permutation
+from align_jax.data.sources import load_records
 from align_jax.evaluation.policies import draw_samples
 from align_jax.rewards.base import Comparer, checked_probabilities
 from align_jax.rewards.configured import make_comparer
@@ -63,6 +72,7 @@ def make_online_config(
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Runs the rounds that are not finished; returns the summaries of each round's two runs."""
     check(config)
+    read_sources(sources(config))
     # A comparer that cannot be made stops the run before anything is sampled for it.
     make_comparer(config.comparer, directory=workdir.path, mesh=pretrained.open_mesh(config.policy))
     summaries: dict[str, Any] = {}
@@ -70,7 +80,9 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         folder = workdir.path.resolve() / f"round_{number}"
         folder.mkdir(exist_ok=True)
         phases = Phases(folder)
-        before = str(folder.parent / f"round_{number - 1}" / "policy") if number else ""
+        before = config.policy.init
+        if number:
+            before = str(folder.parent / f"round_{number - 1}" / "policy")
         phases.run("sample", lambda: _sample(config, before, number))  # noqa: B023
         phases.run("comparisons", lambda: _compare(config, phases.read("sample"), folder))  # noqa: B023
         reward = _reward_config(config, folder.parent, number)
@@ -100,9 +112,14 @@ def rank_by_wins(wins: np.ndarray) -> list[int]:
     return [int((wins > own).sum()) for own in wins]
 
 
-def sources(config: ConfigDict) -> list[tuple[str, str]]:
-    """None: prompts are the first thing it reads, and comparisons are its own."""
-    return []
+def sources(config: ConfigDict) -> list[Source]:
+    """Where records come from, beside the comparisons, which are its own."""
+    reward = config.reward_model
+    return [
+        *policy_gradient.sources(config.policy),
+        *reward_normalization.sources(reward),
+        (reward.data.source, "preference", reward.data),
+    ]
 
 
 def check(config: ConfigDict) -> None:
@@ -195,8 +212,9 @@ def _completion(prompt: Any, text: str) -> Any:
 
 
 def _reward_config(config: ConfigDict, folder: Path, number: int) -> ConfigDict:
-    """This round's reward model, on the comparisons of every round so far that decide anything."""
-    compared = [
+    """This round's reward model, on every comparison so far that decides anything."""
+    compared = [*_earlier_comparisons(config)]
+    compared += [
         record
         for past in range(number + 1)
         for record in Phases(folder / f"round_{past}").read("comparisons")
@@ -217,8 +235,26 @@ def _reward_config(config: ConfigDict, folder: Path, number: int) -> ConfigDict:
     if jax.process_index() == 0 and not file.exists():
         write_file(file, lines.encode("utf-8"))
     settings = ConfigDict(config.reward_model.to_dict())
-    settings.data.source = str(file)
+    settings.data.update(source=str(file), limit=0)
     return settings
+
+
+def _earlier_comparisons(config: ConfigDict) -> list[dict[str, Any]]:
+    """Rankings of two: the pairs there were before the first round."""
+    data = config.reward_model.data
+    if not data.source:
+        return []
+    pairs = load_records(
+        data.source, kind="preference", limit=data.limit or None, invalid=data.invalid
+    )
+    return [
+        {
+            "prompt": pair["prompt"],
+            "completions": [pair["chosen"], pair["rejected"]],
+            "ranks": [0, 1],
+        }
+        for pair in pairs
+    ]
 
 
 def _policy_config(config: ConfigDict, folder: Path, before: str, number: int) -> ConfigDict:

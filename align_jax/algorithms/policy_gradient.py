@@ -36,6 +36,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from align_jax.algorithms import Source
 from align_jax.algorithms.policy_trainer import Trainer
 from align_jax.data.chat import Example, encode_records
 from align_jax.data.formats import Record
@@ -203,10 +204,11 @@ def _field(config: ConfigDict, name: str) -> Any:
     return config
 
 
-def sources(config: ConfigDict) -> list[tuple[str, str]]:
-    """Where records come from, and of which kind."""
-    prompts = [(config.data.source, "prompt"), (config.evaluation.source, "prompt")]
-    return [*prompts, (config.ptx.source, "sft")]
+def sources(config: ConfigDict) -> list[Source]:
+    """Where records come from."""
+    prompts = (config.data.source, config.evaluation.source)
+    text = (config.ptx.source, "sft", ConfigDict(config.data.to_dict() | {"limit": 0}))
+    return [*((source, "prompt", config.data) for source in prompts), text]
 
 
 def load_prompts(

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from align_jax.algorithms import Source
 from align_jax.algorithms.pair_losses import LOSSES, make_pair_loss, needs_reference, reads
 from align_jax.data.chat import Example
 from align_jax.data.formats import DataError
@@ -117,10 +118,10 @@ def check(config: ConfigDict) -> None:
     offline.check_sizes(config)
 
 
-def sources(config: ConfigDict) -> list[tuple[str, str]]:
-    """Where records come from, and of which kind."""
-    kind = _kind(config)
-    return [(config.data.source, kind), (config.data.eval_source, kind)]
+def sources(config: ConfigDict) -> list[Source]:
+    """Where records come from."""
+    data, kind = config.data, _kind(config)
+    return [(data.source, kind, data), (data.eval_source, kind, data)]
 
 
 def _kind(config: ConfigDict) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax.algorithms import reward_normalization
+from align_jax.algorithms import Source, reward_normalization
 from align_jax.algorithms.comparisons import (
     attach,
     comparisons_kind,
@@ -179,12 +179,11 @@ def check(config: ConfigDict) -> None:
     offline.check_sizes(config)
 
 
-def sources(config: ConfigDict) -> list[tuple[str, str]]:
-    """Where records come from, and of which kind."""
-    kind = comparisons_kind(config)
-    n = config.normalization
-    reference = [(n.source, "prompt" if n.policy else "sft")] if n.kind != "none" else []
-    return [(config.data.source, kind), (config.data.eval_source, kind), *reference]
+def sources(config: ConfigDict) -> list[Source]:
+    """Where records come from."""
+    data, kind = config.data, comparisons_kind(config)
+    comparisons = [(data.source, kind, data), (data.eval_source, kind, data)]
+    return [*comparisons, *reward_normalization.sources(config)]
 
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from align_jax.algorithms import Source
 from align_jax.data.chat import encode_records
 from align_jax.data.formats import Record
 from align_jax.data.sources import load_records
@@ -37,6 +38,15 @@ def check(config: ConfigDict) -> None:
             f"config.normalization.kind = {n.kind!r} needs config.normalization.source: records "
             "with prompt and completion, or prompts that config.normalization.policy continues."
         )
+
+
+def sources(config: ConfigDict) -> list[Source]:
+    """Where the texts of the reference, or their prompts, come from."""
+    n = config.normalization
+    if n.kind == "none":
+        return []
+    data = ConfigDict(config.data.to_dict() | {"limit": n.limit})
+    return [(n.source, "prompt" if n.policy else "sft", data)]
 
 
 def reference_texts(

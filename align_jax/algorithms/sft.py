@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from align_jax.algorithms import Source
 from align_jax.data.chat import Example
 from align_jax.losses.log_probs import negative_log_likelihood
 from align_jax.models.transformer import Transformer
@@ -34,9 +35,10 @@ def check(config: ConfigDict) -> None:
     offline.check_sizes(config)
 
 
-def sources(config: ConfigDict) -> list[tuple[str, str]]:
-    """Where records come from, and of which kind."""
-    return [(config.data.source, KIND), (config.data.eval_source, KIND)]
+def sources(config: ConfigDict) -> list[Source]:
+    """Where records come from."""
+    data = config.data
+    return [(data.source, KIND, data), (data.eval_source, KIND, data)]
 
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from align_jax.algorithms import algorithm_of, errors_in
-from align_jax.data.sources import load_records
+from align_jax.algorithms import Source, algorithm_of, errors_in, read_sources
 from align_jax.training.errors import RunError
 from align_jax.training.workdir import Workdir
 
@@ -52,7 +51,7 @@ def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     }
 
 
-def sources(config: ConfigDict) -> list[tuple[str, str]]:
+def sources(config: ConfigDict) -> list[Source]:
     """None of its own: `run` reads those of the stages."""
     return []
 
@@ -85,10 +84,8 @@ def _read_sources(config: ConfigDict, workdir: Workdir) -> None:
             continue
         stage = config[name]
         with errors_in(name):
-            for source, kind in algorithm_of(stage).sources(stage):
-                if source and not source.startswith(PREFIX):
-                    limit = stage.data.limit or None
-                    load_records(source, kind=kind, limit=limit, invalid=stage.data.invalid)
+            wanted = algorithm_of(stage).sources(stage)
+            read_sources([one for one in wanted if not one[0].startswith(PREFIX)])
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -7,6 +7,8 @@ import pytest
 
 from align_jax.algorithms import online_preferences, policy_gradient, reward_model
 from align_jax.algorithms.online_preferences import rank_by_wins
+from align_jax.data.formats import DataError
+from align_jax.data.sources import load_records
 from align_jax.rewards.base import RewardError
 from align_jax.rewards.people import WaitingForLabels
 from align_jax.training import online, pretrained
@@ -94,6 +96,7 @@ def test_people_label_through_files(tiny_config, tmp_path, monkeypatch):
     config = tiny_config("ziegler2019_sentiment", SMALL | {"samples": 2, "prompts": 4})
     config.update(rounds=1, result="round_0/policy")
     config.comparer.update(kind="people", reward="")
+    config.reward_model.data.update(source="builtin:tiny_chat_preferences", limit=3)
     config.reward_model.data.batch_size = 1
     with pytest.raises(WaitingForLabels, match="labels.jsonl"):
         online_preferences.run(config, Workdir(tmp_path / "run", config))
@@ -108,6 +111,15 @@ def test_people_label_through_files(tiny_config, tmp_path, monkeypatch):
     records = read(tmp_path / "run/round_0/samples/comparisons.jsonl")
     assert len(records) == 4
     assert all(record["ranks"] == [1, 0] for record in records)
+    # The reward model learns from these and from the pairs there were before, the best one first.
+    learnt = read(tmp_path / "run/round_0/all_comparisons.jsonl")
+    pairs = load_records("builtin:tiny_chat_preferences", kind="preference", limit=3)
+    assert learnt[3:] == records and len(learnt) == 7
+    for one, pair in zip(learnt, pairs):
+        assert one["completions"] == [pair["chosen"], pair["rejected"]]
+        assert one["prompt"] == pair["prompt"] and one["ranks"] == [0, 1]
+    settings = json.loads((tmp_path / "run/round_0/reward/config.json").read_text())
+    assert settings["data"]["limit"] == 0
 
 
 @pytest.mark.parametrize(
@@ -116,6 +128,7 @@ def test_people_label_through_files(tiny_config, tmp_path, monkeypatch):
         ({"samples": 1}, "config.samples is 1; expected at least 2"),
         ({"reward_model.loss": "pairwise"}, "config.reward_model.loss is 'pairwise'"),
         ({"rounds": 3}, "config.result is 'round_1/policy'; with config.rounds = 3"),
+        ({"reward_model.data.source": "/no/pairs.jsonl"}, "/no/pairs.jsonl"),
         ({"policy.loss": "ppoo"}, "in config.policy: config.loss is 'ppoo'"),
         ({"reward_model.loss": "best"}, "in config.reward_model: config.loss is 'best'"),
         ({"policy.sampling.prompts": 1000, "policy.minibatches": 1}, "more than there are prompts"),
@@ -125,5 +138,5 @@ def test_people_label_through_files(tiny_config, tmp_path, monkeypatch):
 def test_a_wrong_config_is_refused(tiny_config, tmp_path, monkeypatch, overrides, message):
     config = tiny_config("ziegler2019_sentiment", overrides)
     monkeypatch.setattr(online, "generate", pytest.fail)
-    with pytest.raises((RunError, RewardError), match=message):
+    with pytest.raises((RunError, RewardError, DataError), match=message):
         online_preferences.run(config, Workdir(tmp_path / "run", config))
