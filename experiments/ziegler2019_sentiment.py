@@ -41,7 +41,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     reward.update(default_reward_model_config())
     reward.loss = "best_of_k"
     reward.optimizer = default_optimizer_config(
-        learning_rate=2e-5, schedule="linear", warmup_steps=5
+        learning_rate=1e-4, schedule="linear", warmup_steps=5
     )
     reward.data = default_data_config(batch_size=8, rows=2, max_length=256)
     reward.normalization.update(
@@ -50,22 +50,21 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
 
     policy = default_run_config()
     policy.update(default_policy_gradient_config())
-    policy.optimizer = default_optimizer_config(learning_rate=1e-5, eps=1e-5, schedule="linear")
+    policy.optimizer = default_optimizer_config(learning_rate=3e-5, eps=1e-5, schedule="linear")
     policy.data = default_data_config(source=PROMPTS, max_length=64)
     policy.sampling = default_sampling_config(
-        prompts=16,
+        prompts=8,
         samples=4,
         max_new_tokens=24,
         temperature=0.7,
         truncate_token=".",
         truncate_after=16,
     )
-    policy.update(num_iterations=6, minibatches=4, epochs=4, whiten_rewards=True)
-    policy.missing_eos = "replace"
-    policy.kl.update(coefficient=0.15, target=6.0, horizon=640)
+    policy.update(num_iterations=6, minibatches=1, epochs=4, whiten_rewards=True)
+    policy.kl.update(coefficient=0.15, target=6.0, horizon=320)
     # What was wanted, beside what was learned of it.
-    policy.evaluation.update(source="builtin:review_openings#held_out", reward="vader")
-    rounds, prompts = 2, 100
+    policy.evaluation.update(source="builtin:review_openings#held_out", prompts=20, reward="vader")
+    rounds, prompts = 2, 350
     if scale == "tiny":
         for config in (reward, policy):
             config.model = "tiny"
@@ -75,7 +74,6 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         reward.data.batch_size = 2
         policy.optimizer.learning_rate = 1e-3
         policy.sampling.update(prompts=8, samples=1, max_new_tokens=8, truncate_token="")
-        policy.missing_eos = "ignore"
         policy.update(num_iterations=2, minibatches=2, epochs=2)
         policy.evaluation.update(prompts=4, trained_samples=4, reward="length")
         prompts = 24
@@ -83,12 +81,13 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         for config in (reward, policy):
             config.model = "gpt2-large"
             config.compute_dtype = "bfloat16"
-        reward.optimizer.update(learning_rate=5e-5)
+        reward.optimizer.learning_rate = 5e-5
         reward.data.batch_size = 32
         reward.normalization.update(source="passages.jsonl", policy="gpt2-large", limit=256)
         policy.data.source = "passages.jsonl"
+        policy.optimizer.learning_rate = 1e-5
         policy.sampling.update(prompts=512, samples=1)
-        policy.update(num_iterations=500, minibatches=1)
+        policy.update(num_iterations=500, missing_eos="replace")
         policy.kl.horizon = 10_000
         policy.evaluation.source = ""
         rounds, prompts = 4, 1250

@@ -60,3 +60,11 @@ def test_tiny_runs_to_its_end(name, tmp_path, compiled_once, quick_compilation):
     parts = [name for name in rows[0] if name.startswith("objective/scores/")]
     wanted = {"objective/scores/helpful", "objective/scores/harmless"}
     assert set(parts) == (wanted if name == "hh_rlhf" else set())
+    if name == "hh_rlhf":
+        # The round begins with what the stages before it made: their policy, and their pairs.
+        online = workdir / "online/round_0"
+        first = json.loads((online / "policy/metrics.jsonl").read_text().splitlines()[0])
+        assert first["objective/kl"] != 0.0
+        learnt = (online / "all_comparisons.jsonl").read_text().splitlines()
+        made = (online / "samples/comparisons.jsonl").read_text().splitlines()
+        assert len(learnt) > len(made)
