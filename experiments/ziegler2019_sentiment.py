@@ -10,16 +10,22 @@ against it. Run it with
 
 As in the paper and its released code: best-of-4 loss, head N(0, 1/(d+1)), rewards normalised to
 mean 0 and standard deviation 1 on samples of the reference; completions of 24 tokens at temperature
-0.7, cut after the first full stop from the 17th token on, the score -1 where there is none; PPO
-with four epochs, rewards whitened, and a KL coefficient that is controlled to hold 6 nats. What
-differs: made openings of film reviews, the oracle VADER instead of people by default (the paper has
-a mock of this kind, too, in section 3.1.1), rounds instead of a continuous stream, four completions
-of a prompt in an iteration, samples for the normalisation at temperature 1 and uncut, and, at
-`small`, a horizon of ten iterations for the controller, since there are few. The report judges by
-VADER, not by what was learned of it.
+0.7, cut after the first full stop from the 17th token on; PPO with four epochs, rewards whitened,
+and a KL coefficient that is controlled to hold 6 nats. What differs: made openings of film reviews,
+the oracle VADER instead of people by default (the paper has a mock of this kind, too, in section
+3.1.1), rounds instead of a continuous stream, four completions of a prompt in an iteration, samples
+for the normalisation at temperature 1 and uncut. At `small`: a horizon of ten iterations for the
+controller, since there are few, a higher learning rate, and no score of -1 for completions without
+a full stop, which at `paper` there is: 16 iterations with it taught the policy to end and nothing
+about sentiment. The report judges by VADER, not by what was learned of it.
 
-`scale=tiny` takes under a minute. `scale=small` has not been measured yet. `scale=paper`: GPT-2
-774M, 5,000 labels, a million episodes, passages from a file; not run.
+`scale=small` took 29.5 minutes on 2 cores and 9.6 GiB. VADER's mean on 20 held-out openings went
+from 0.15 +- 0.05 to 0.30 +- 0.07 in the first round (0.6 nats) and from 0.21 +- 0.07, other samples
+of the base, to 0.36 +- 0.10 in the second (1.9 nats); best of 4 of the base has 0.54 and 0.58. The
+learned reward went from -0.13 to 0.74 (seed 0). With 100 rankings a round at a learning rate of
+2e-5 instead of 350 at 1e-4 the reward model had learnt nothing, nor had the policy. `scale=tiny`
+takes under a minute. `scale=paper`: GPT-2 774M, 5,000 labels, a million episodes, passages from a
+file; not run.
 """
 
 from ml_collections import ConfigDict
