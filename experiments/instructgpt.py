@@ -4,16 +4,23 @@
     launch/local.sh experiments/instructgpt.py --config.sft.data.source=demonstrations.jsonl \
         --config.reward.data.source=ranked.jsonl --config.ppo.data.source=prompts.jsonl \
         --config.reward.normalization.source=demonstrations.jsonl \
-        --config.ppo.ptx.source=demonstrations.jsonl
+        --config.ppo.ptx.source=demonstrations.jsonl \
+        --config.{sft,reward,ppo}.data.overlong=truncate --config.{sft,reward}.data.max_length=192
 
 As in the paper: the reward model learns from all pairs of a ranking in one forward pass and is
 normalised so that the demonstrations have mean score 0, PPO's policy starts from the SFT model and
-its critic from the reward model, the KL coefficient is 0.02 a token, and PPO-ptx adds gamma = 27.8
-times the likelihood of text to every update. What differs at `small`: SmolLM2, built-in made data
-(counting up), demonstrations in place of pretraining text, one epoch of PPO over few prompts.
+its critic from the reward model, the KL coefficient is 0.02 a token, and PPO-ptx adds gamma times
+the likelihood of text to every update. What differs at `small`: SmolLM2, built-in made data
+(counting up), demonstrations in place of pretraining text, and gamma = 1: at the paper's 27.8 the
+gradient of 8 texts had norm 72, and clipped to norm 1 it left next to nothing of the reward's.
 
-`scale=tiny` takes about a minute; `scale=small` has not been measured yet; `scale=paper` follows
-appendix C with a Llama 2 in place of GPT-3; not run.
+`scale=small` took 27 minutes on 2 cores and 9.9 GiB on 212 prompts of OpenAssistant with 2 to 9
+ranked replies (benchmarks/real_data.py; texts cut at 192 tokens, PPO's at 128). The reward model
+was right on 0.62 (0.52 to 0.71) of 157 pairs of 40 held-out prompts (`--config.reward.held_out=40`;
+ECE 0.15 where calibrated it were 0.08). In its 16 updates PPO-ptx moved the mean score of
+completions of 24 tokens, nearly all of them cut short, from -2.1 to -1.8 at 1.2 nats, which is
+within what iterations of 24 differ by (seed 0). `scale=tiny` takes about a minute;
+`scale=paper` follows appendix C with a Llama 2 in place of GPT-3; not run.
 """
 
 from ml_collections import ConfigDict
@@ -47,12 +54,12 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     ppo.model = "stage:sft"
     ppo.reward.update(kind="model", path="stage:reward")
     ppo.critic_init = "stage:reward/reward_model"
-    ppo.optimizer = default_optimizer_config(learning_rate=9e-6, eps=1e-5)
+    ppo.optimizer = default_optimizer_config(learning_rate=3e-5, eps=1e-5)
     ppo.data = default_data_config(source="builtin:tiny_sft", max_length=128)
-    ppo.sampling = default_sampling_config(prompts=32, max_new_tokens=24)
+    ppo.sampling = default_sampling_config(prompts=24, max_new_tokens=24)
     ppo.kl.coefficient = 0.02
-    ppo.update(num_iterations=8, epochs=1, minibatches=4)
-    ppo.ptx.update(source="builtin:tiny_sft", gamma=27.8, batch_size=8)
+    ppo.update(num_iterations=8, epochs=1, minibatches=2)
+    ppo.ptx.update(source="builtin:tiny_sft", gamma=1.0, batch_size=8)
     if scale == "tiny":
         sft.model = "tiny"
         sft.optimizer.learning_rate = 1e-3
@@ -60,7 +67,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         reward.normalization.limit = 8
         ppo.optimizer.learning_rate = 1e-3
         ppo.sampling.update(prompts=8, max_new_tokens=8)
-        ppo.update(num_iterations=2, minibatches=2)
+        ppo.num_iterations = 2
         ppo.ptx.batch_size = 4
     elif scale == "paper":
         # Appendix C: SFT 16 epochs, RM one epoch of 64 prompts, PPO 256k episodes of batch 512 in
@@ -77,7 +84,8 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         reward.data.target_buckets = buckets
         reward.normalization.update(source="demonstrations.jsonl", limit=1000)
         ppo.data.source = "prompts.jsonl"
+        ppo.optimizer.learning_rate = 9e-6
         ppo.sampling.update(prompts=512, max_new_tokens=1024)
         ppo.update(num_iterations=500, minibatches=8)
-        ppo.ptx.update(source="pretraining.jsonl", batch_size=512)
+        ppo.ptx.update(source="pretraining.jsonl", gamma=27.8, batch_size=512)
     return make_stages_config(sft=sft, reward=reward, ppo=ppo)
