@@ -154,7 +154,7 @@ def _ours(folder: Path):
     from align_jax.training.reference import compute_log_probs
     from align_jax.training.step import init_state, make_train_step, place_batch
 
-    config = offline.default_run_config()
+    config = offline.default_offline_config()
     config.update(loss="dpo", beta=0.1, model=str(folder / "model"))
     config.optimizer = default_optimizer_config(learning_rate=1e-6)
     batches = json.loads((folder / "batches.json").read_text())

@@ -44,7 +44,7 @@ def measure(rank: int) -> dict[str, float]:
     from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
     from align_jax.training.step import init_state, make_train_step, place_batch
 
-    config = offline.default_run_config()
+    config = offline.default_offline_config()
     config.update(loss="dpo", beta=0.1, model=MODEL)
     config.lora.rank = rank
     config.optimizer = default_optimizer_config(learning_rate=1e-6)

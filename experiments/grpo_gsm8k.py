@@ -1,7 +1,8 @@
 """GRPO on arithmetic with a verifiable reward (Shao et al. 2024, arXiv:2402.03300, section 4).
 
     launch/local.sh experiments/grpo_gsm8k.py
-    launch/local.sh experiments/grpo_gsm8k.py --config.data.source=train.jsonl.gz:prompt=question \
+    launch/local.sh experiments/grpo_gsm8k.py \
+        --config.data.source=train.jsonl.gz:prompt=question@user \
         --config.sampling.max_new_tokens=128 --config.data.max_length=320
 
 The reward is 1 where the last number of a completion is the record's answer, and 0 otherwise. As in
@@ -24,15 +25,14 @@ from ml_collections import ConfigDict
 
 from align_jax.algorithms.policy_gradient import default_policy_gradient_config
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.offline import default_data_config
 from align_jax.training.online import default_sampling_config
 from align_jax.training.optimizer import default_optimizer_config
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_run_config()
-    config.update(default_policy_gradient_config())
+    config = default_policy_gradient_config()
     config.update(advantage="grpo", aggregation="grpo", critic="none", epochs=1)
     config.kl.update(placement="loss", coefficient=0.04)
     config.reward.kind = "answer"
@@ -50,7 +50,9 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         config.model = "deepseek-ai/deepseek-math-7b-instruct"
         config.compute_dtype = "bfloat16"
         config.optimizer.update(learning_rate=1e-6, schedule="constant")
-        config.data.update(source="hf:openai/gsm8k@main#train:prompt=question", max_length=2048)
+        config.data.update(
+            source="hf:openai/gsm8k@main#train:prompt=question@user", max_length=2048
+        )
         config.sampling.update(prompts=16, samples=64, max_new_tokens=1024)
         config.evaluation.source = ""
         config.num_iterations = 1000

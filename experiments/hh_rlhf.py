@@ -39,7 +39,7 @@ from align_jax.algorithms.policy_gradient import default_policy_gradient_config
 from align_jax.algorithms.reward_model import default_reward_model_config
 from align_jax.algorithms.stages import make_stages_config
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.offline import default_data_config
 from align_jax.training.online import default_sampling_config
 from align_jax.training.optimizer import default_optimizer_config
 
@@ -47,8 +47,7 @@ DATA = PROMPTS = "builtin:tiny_chat_preferences"
 
 
 def preference_model(source: str) -> ConfigDict:
-    config = default_run_config()
-    config.update(default_reward_model_config())
+    config = default_reward_model_config()
     config.optimizer = default_optimizer_config(
         learning_rate=2e-5, schedule="linear", warmup_steps=10
     )
@@ -62,8 +61,7 @@ def preference_model(source: str) -> ConfigDict:
 
 
 def policy_config() -> ConfigDict:
-    config = default_run_config()
-    config.update(default_policy_gradient_config())
+    config = default_policy_gradient_config()
     config.optimizer = default_optimizer_config(learning_rate=1e-5, eps=1e-5, schedule="linear")
     config.data = default_data_config(source=PROMPTS, max_length=128)
     config.sampling = default_sampling_config(prompts=24, max_new_tokens=32)

@@ -26,15 +26,14 @@ from ml_collections import ConfigDict
 
 from align_jax.algorithms.policy_gradient import default_policy_gradient_config
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.offline import default_data_config
 from align_jax.training.online import default_sampling_config
 from align_jax.training.optimizer import default_optimizer_config
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_run_config()
-    config.update(default_policy_gradient_config())
+    config = default_policy_gradient_config()
     config.optimizer = default_optimizer_config(learning_rate=3e-5, eps=1e-5, schedule="linear")
     config.data = default_data_config(source="builtin:review_openings", max_length=64)
     config.sampling = default_sampling_config(prompts=10, samples=4, max_new_tokens=24)

@@ -25,14 +25,14 @@ from ml_collections import ConfigDict
 
 from align_jax.algorithms.pair_losses import default_loss_options
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.offline import default_data_config, default_offline_config
 from align_jax.training.online import default_sampling_config
 from align_jax.training.optimizer import default_optimizer_config
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_run_config()
+    config = default_offline_config()
     config.algorithm = "controlled_sentiment"
     config.loss = "dpo"
     config.loss_options = default_loss_options()

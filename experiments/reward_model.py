@@ -42,14 +42,13 @@ from ml_collections import ConfigDict
 
 from align_jax.algorithms.reward_model import default_reward_model_config
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.offline import default_data_config
 from align_jax.training.optimizer import default_optimizer_config
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_run_config()
-    config.update(default_reward_model_config())
+    config = default_reward_model_config()
     config.optimizer = default_optimizer_config(
         learning_rate=1e-4, schedule="linear", warmup_steps=10
     )

@@ -23,15 +23,14 @@ from ml_collections import ConfigDict
 
 from align_jax.algorithms.policy_gradient import default_policy_gradient_config
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.offline import default_data_config
 from align_jax.training.online import default_sampling_config
 from align_jax.training.optimizer import default_optimizer_config
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_run_config()
-    config.update(default_policy_gradient_config())
+    config = default_policy_gradient_config()
     config.update(loss="reinforce", advantage="rloo", aggregation="sum", critic="none", epochs=1)
     config.kl.coefficient = 0.05
     config.optimizer = default_optimizer_config(learning_rate=3e-5, eps=1e-5, schedule="linear")

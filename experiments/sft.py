@@ -15,13 +15,13 @@ the comments in it say; it has not been run.
 from ml_collections import ConfigDict
 
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.offline import default_data_config, default_offline_config
 from align_jax.training.optimizer import default_optimizer_config
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_run_config()
+    config = default_offline_config()
     config.algorithm = "sft"
     config.optimizer = default_optimizer_config(learning_rate=2e-5, schedule="cosine")
     config.data = default_data_config(

@@ -24,20 +24,19 @@ from align_jax.algorithms.policy_gradient import default_policy_gradient_config
 from align_jax.algorithms.reward_model import default_reward_model_config
 from align_jax.algorithms.stages import make_stages_config
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.offline import default_data_config, default_offline_config
 from align_jax.training.online import default_sampling_config
 from align_jax.training.optimizer import default_optimizer_config
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    sft = default_run_config()
+    sft = default_offline_config()
     sft.algorithm = "sft"
     sft.optimizer = default_optimizer_config(learning_rate=1e-5, schedule="cosine")
     sft.data = default_data_config(source="builtin:tiny_sft", batch_size=8, max_length=128)
 
-    reward = default_run_config()
-    reward.update(default_reward_model_config())
+    reward = default_reward_model_config()
     reward.model = "stage:sft"
     reward.optimizer = default_optimizer_config(learning_rate=1.5e-5, schedule="cosine")
     reward.data = default_data_config(
@@ -45,8 +44,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     )
     reward.normalization.update(kind="mean", source="builtin:tiny_sft", limit=64)
 
-    ppo = default_run_config()
-    ppo.update(default_policy_gradient_config())
+    ppo = default_policy_gradient_config()
     ppo.model = "stage:sft"
     ppo.reward.update(kind="model", path="stage:reward")
     ppo.critic_init = "stage:reward/reward_model"

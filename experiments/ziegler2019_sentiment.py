@@ -34,7 +34,7 @@ from align_jax.algorithms.online_preferences import make_online_config
 from align_jax.algorithms.policy_gradient import default_policy_gradient_config
 from align_jax.algorithms.reward_model import default_reward_model_config
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config, default_run_config
+from align_jax.training.offline import default_data_config
 from align_jax.training.online import default_sampling_config
 from align_jax.training.optimizer import default_optimizer_config
 
@@ -43,8 +43,7 @@ PROMPTS = "builtin:review_openings"
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    reward = default_run_config()
-    reward.update(default_reward_model_config())
+    reward = default_reward_model_config()
     reward.loss = "best_of_k"
     reward.optimizer = default_optimizer_config(
         learning_rate=1e-4, schedule="linear", warmup_steps=5
@@ -54,8 +53,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         kind="mean_std", source=PROMPTS, policy="smollm2", limit=64, max_new_tokens=24
     )
 
-    policy = default_run_config()
-    policy.update(default_policy_gradient_config())
+    policy = default_policy_gradient_config()
     policy.optimizer = default_optimizer_config(learning_rate=3e-5, eps=1e-5, schedule="linear")
     policy.data = default_data_config(source=PROMPTS, max_length=64)
     policy.sampling = default_sampling_config(

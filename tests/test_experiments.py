@@ -32,6 +32,9 @@ def test_a_config_says_what_can_be_run(name, scale):
         if "model" in run and not run.model.startswith("stage:"):
             assert (run.model == "tiny") == (scale == "tiny")
             assert {"data", "optimizer", "mesh"} <= set(run.keys())
+            # Iterations say how long a policy trains: what it would not read is not there to set.
+            by_steps = {"num_steps", "num_epochs", "log_every"} & set(run.keys())
+            assert len(by_steps) == (0 if run.algorithm == "policy_gradient" else 3)
         algorithm_of(run).check(run)
         if run.algorithm == "policy_gradient" and run.data.source.startswith("builtin:"):
             assert run.sampling.prompts <= len(load_records(run.data.source, kind="prompt"))

@@ -75,11 +75,12 @@ CHOICES = {
 
 
 def default_policy_gradient_config() -> ConfigDict:
-    """The fields of a policy-gradient config beside `data`, `optimizer` and those of every run.
+    """The fields of a policy-gradient config beside `data` and `optimizer`.
 
     The defaults are PPO's as in Stiennon et al. 2020 and Huang et al. 2024 (arXiv:2403.17031).
     """
-    return ConfigDict(
+    config = pretrained.default_run_config()
+    config.update(
         {
             "algorithm": "policy_gradient",
             # `path` is for the kind `model`; other keys, see docs/rewards.md, in a config file.
@@ -130,6 +131,7 @@ def default_policy_gradient_config() -> ConfigDict:
             },
         }
     )
+    return config
 
 
 def check(config: ConfigDict) -> None:

@@ -66,8 +66,9 @@ _LOWEST = -1e30
 
 
 def default_reward_model_config() -> ConfigDict:
-    """The fields of a reward model's config beside `data`, `optimizer` and those of every run."""
-    return ConfigDict(
+    """The fields of a reward model's config beside `data` and `optimizer`."""
+    config = offline.default_offline_config()
+    config.update(
         {
             "algorithm": "reward_model",
             "loss": "pairwise",
@@ -87,6 +88,7 @@ def default_reward_model_config() -> ConfigDict:
             },
         }
     )
+    return config
 
 
 def make_loss(config: ConfigDict) -> LossFunction:

@@ -20,6 +20,7 @@ from align_jax.training.errors import RunError
 from align_jax.training.loop import fit
 from align_jax.training.metrics import MetricWriter, progress
 from align_jax.training.optimizer import make_optimizer, make_schedule
+from align_jax.training.pretrained import default_run_config
 from align_jax.training.step import LossFunction, init_state, make_train_step, place_batch
 
 # Values of one example that travel with its batch: per response, in the order of its responses.
@@ -49,25 +50,15 @@ def default_data_config(**overrides: Any) -> ConfigDict:
     return config
 
 
-def default_run_config() -> ConfigDict:
-    """The fields every training config has besides `data`, `optimizer` and its algorithm's own."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "model": "smollm2",
-            "compute_dtype": "float32",
-            "remat": "linear",
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "context": 1},
-            # Low-rank adapters (models/lora.py). rank 0: none, every parameter is trained.
-            # targets: "all", or some of "query,key,value,output,gate,up,down".
-            "lora": {"rank": 0, "alpha": 16.0, "targets": "all"},
-            "num_epochs": 1.0,
-            "num_steps": 0,  # 0: what num_epochs comes to
-            "log_every": 1,
-            "checkpoint_every": 1000,
-            "wandb_project": "",
-        }
+def default_offline_config() -> ConfigDict:
+    """The fields of an offline algorithm's config beside `data`, `optimizer` and its own."""
+    config = default_run_config()
+    config.update(
+        num_epochs=1.0,
+        num_steps=0,  # 0: what num_epochs comes to
+        log_every=1,
     )
+    return config
 
 
 def load_examples(data: ConfigDict, source: str, tokenizer: Any, *, kind: str) -> list[Example]:

@@ -22,6 +22,24 @@ _CHOICES = {
 }
 
 
+def default_run_config() -> ConfigDict:
+    """The fields that every training config has beside its algorithm's own."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "model": "smollm2",
+            "compute_dtype": "float32",
+            "remat": "linear",
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "context": 1},
+            # Low-rank adapters (models/lora.py). rank 0: none, every parameter is trained.
+            # targets: "all", or some of "query,key,value,output,gate,up,down".
+            "lora": {"rank": 0, "alpha": 16.0, "targets": "all"},
+            "checkpoint_every": 1000,
+            "wandb_project": "",
+        }
+    )
+
+
 def open_mesh(config: ConfigDict) -> Mesh:
     """The config's mesh over all devices; `RunError` if its sizes do not fit them."""
     try:

@@ -64,7 +64,7 @@ def test_shared_prompt_rows_give_the_log_probs_of_separate_rows(model, make_exam
 
 
 def make_loss():
-    config = offline.default_run_config()
+    config = offline.default_offline_config()
     config.loss, config.beta = "dpo", 0.5
     return preference.make_loss(config)
 

@@ -57,7 +57,7 @@ def sft_case(make_examples):
 
 
 def dpo_case(make_examples):
-    config = offline.default_run_config()
+    config = offline.default_offline_config()
     config.loss, config.beta = "dpo", 0.5
     examples = make_examples(UNEQUAL)
     reference = -np.random.default_rng(1).uniform(5, 300, (len(examples), 2)).astype(np.float32)
