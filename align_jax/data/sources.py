@@ -6,7 +6,8 @@
     builtin:NAME[#split]               data/builtin.py
 
 Any of them may end in `:field=their_field[,...]`, where a file calls our fields otherwise:
-`train.jsonl:prompt=question`.
+`train.jsonl:prompt=question`. `their_field@role` makes a message of a string:
+`train.jsonl:prompt=question@user`, for a model that is to see it through its chat template.
 
 All records are validated before the first one is returned.
 """
@@ -21,10 +22,10 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from align_jax.data import builtin
-from align_jax.data.formats import OPTIONAL, REQUIRED, DataError, Record, parse_record
+from align_jax.data.formats import OPTIONAL, REQUIRED, ROLES, DataError, Record, parse_record
 
 FILE_TYPES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _INVALID = ("error", "drop")
@@ -85,35 +86,55 @@ def load_records(
     return records
 
 
-def _split_fields(source: str, kind: str) -> tuple[str, dict[str, str]]:
-    """`PATH:prompt=question` as the source `PATH` and the fields {"prompt": "question"}."""
+class _Field(NamedTuple):
+    """What a source calls one of our fields, and who says it if it is to be a message."""
+
+    name: str
+    role: str | None
+
+
+def _split_fields(source: str, kind: str) -> tuple[str, dict[str, _Field]]:
+    """`PATH:prompt=question@user` as `PATH` and {"prompt": _Field("question", "user")}."""
     found = _FIELDS.search(source)
     if not found or os.path.exists(os.path.expanduser(source)):
         return source, {}
     pairs = [pair.split("=") for pair in found[1].split(",")]
+    fields = {}
     known = {name for form in REQUIRED.get(kind, ()) for name in form} | {*OPTIONAL.get(kind, ())}
-    for index, (name, _) in enumerate(pairs):
+    for name, theirs in pairs:
         if known and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(sorted(known))}"
             raise DataError(f"{source}: kind '{kind}' has no field '{name}'; {hint}")
-        if name in [other for other, _ in pairs[:index]]:
+        if name in fields:
             raise DataError(f"{source}: field '{name}' is renamed twice")
-    return source[: found.start()], {name: theirs for name, theirs in pairs}
+        theirs, at, role = theirs.partition("@")
+        if at and role not in ROLES:
+            raise DataError(f"{source}: no role '{role}'; expected one of {', '.join(ROLES)}")
+        fields[name] = _Field(theirs, role or None)
+    return source[: found.start()], fields
 
 
-def _rename(raw: Any, fields: dict[str, str], where: str) -> Any:
+def _rename(raw: Any, fields: dict[str, _Field], where: str) -> Any:
     """The record under our names; what else it holds under these names is left out."""
     if not fields or not isinstance(raw, dict):
         return raw
-    for name, theirs in fields.items():
+    renamed = {}
+    for name, (theirs, role) in fields.items():
         if theirs not in raw:
             raise DataError(
                 f"{where}: field '{theirs}' is missing, which the source gives as '{name}'; the "
                 f"record has {', '.join(map(repr, raw)) or 'no fields'}"
             )
-    rest = {name: value for name, value in raw.items() if name not in fields.values()}
-    return rest | {name: raw[theirs] for name, theirs in fields.items()}
+        value = raw[theirs]
+        if role and not isinstance(value, str):
+            raise DataError(
+                f"{where}: field '{theirs}': found {type(value).__name__}, expected a string, "
+                f"which the source makes a message of ('@{role}')"
+            )
+        renamed[name] = [{"role": role, "content": value}] if role else value
+    theirs = {field.name for field in fields.values()}
+    return {name: value for name, value in raw.items() if name not in theirs} | renamed
 
 
 def read_file(path: str) -> Rows:

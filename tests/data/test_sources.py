@@ -279,6 +279,18 @@ def test_fields_of_other_names(write_jsonl, name):
         load_records(path, kind="prompt")
 
 
+def test_a_string_becomes_the_message_of_a_role(write_jsonl):
+    path = write_jsonl(QUESTIONS)
+    prompt = [{"role": "user", "content": "How much is 2 + 1?"}]
+    assert load_records(f"{path}:prompt=question@user", kind="prompt")[2]["prompt"] == prompt
+    both = load(f"{path}:prompt=question@user,completion=answer@assistant")
+    answer = [{"role": "assistant", "content": "So:\n#### 3"}]
+    assert contents(both)[2] == {"prompt": prompt, "completion": answer}
+    path = write_jsonl([{"prompt": prompt}], "chat.jsonl")
+    with pytest.raises(DataError, match="chat.jsonl:1: field 'prompt': found list, .*@user"):
+        load_records(f"{path}:prompt=prompt@user", kind="prompt")
+
+
 def test_fields_that_change_places(write_jsonl):
     path = write_jsonl([{"prompt": "p", "chosen": "worse", "rejected": "better"}])
     record = load_records(f"{path}:chosen=rejected,rejected=chosen", kind="preference")[0]
@@ -304,6 +316,7 @@ def test_fields_of_saved_data_sets_are_renamed_behind_the_split(tmp_path):
         ),
         ("prompt=question,prompt=answer", "field 'prompt' is renamed twice"),
         ("prompt=querstion", "data.jsonl:1: field 'querstion' is missing, .* as 'prompt'"),
+        ("prompt=question@human", "no role 'human'; expected one of system, developer, user"),
         ("prompt=", "no such file"),
     ],
 )
