@@ -1,6 +1,7 @@
 """Comparisons for a reward model: from records to examples with ranks and margins, and to pairs."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from align_jax.data.chat import Example
+from align_jax.data.formats import Record
+from align_jax.data.sources import load_records
 from align_jax.training import offline
 from align_jax.training.errors import RunError
 
@@ -19,8 +22,8 @@ MARGINS = {
 }
 
 
-def load_comparisons(config: ConfigDict, tokenizer: Any) -> tuple[list[Example], list[Example]]:
-    """Examples to train on and to evaluate on, as of `prepare`.
+def load_comparisons(config: ConfigDict, tokenizer: Any) -> tuple[list[Example], list[Record]]:
+    """Examples to train on, as of `prepare`, and records to evaluate on.
 
     Raises:
       RunError: more records held out than there are, or another source for them too; see `prepare`.
@@ -30,23 +33,39 @@ def load_comparisons(config: ConfigDict, tokenizer: Any) -> tuple[list[Example],
             f"config.held_out = {config.held_out} and config.data.eval_source both say what to "
             "evaluate on: set one of them."
         )
-    examples = load_source(config, config.data.source, tokenizer)
+    records, examples = _load(config, config.data.source, tokenizer)
     kept = len(examples) - config.held_out
     if not 0 < kept <= len(examples):
         raise RunError(
             f"config.held_out is {config.held_out}, and config.data.source has {len(examples)} "
             "records."
         )
-    held_out = examples[kept:]
     if config.data.eval_source:
-        held_out = load_source(config, config.data.eval_source, tokenizer)
-    prepared = prepare(config, held_out, margins=False) if held_out else []
-    return prepare(config, examples[:kept]), prepared
+        held_out = load_held_out(config, config.data.eval_source, tokenizer)
+    else:
+        held_out = _to_judge(config, records, examples[kept:]) if config.held_out else []
+    return prepare(config, examples[:kept]), held_out
 
 
-def load_source(config: ConfigDict, source: str, tokenizer: Any) -> list[Example]:
-    """The examples of one source, not yet as of `prepare`."""
-    return offline.load_examples(config.data, source, tokenizer, kind=comparisons_kind(config))
+def load_held_out(config: ConfigDict, source: str, tokenizer: Any) -> list[Record]:
+    """Records to evaluate on, each of which training would accept; see `load_comparisons`."""
+    return _to_judge(config, *_load(config, source, tokenizer))
+
+
+def _to_judge(
+    config: ConfigDict, records: Sequence[Record], examples: Sequence[Example]
+) -> list[Record]:
+    """The records of examples, with what they say to the loss: best_of_k knows but the best."""
+    chosen = [records[e.id] for e in prepare(config, examples, margins=False)]
+    if config.loss == "best_of_k":
+        return [r | {"ranks": [int(rank > 0) for rank in r["ranks"]]} for r in chosen]
+    return chosen
+
+
+def _load(config: ConfigDict, source: str, tokenizer: Any) -> tuple[list[Record], list[Example]]:
+    data, kind = config.data, comparisons_kind(config)
+    records = load_records(source, kind=kind, limit=data.limit or None, invalid=data.invalid)
+    return records, offline.tokenised(data, records, tokenizer, kind=kind)
 
 
 def comparisons_kind(config: ConfigDict) -> str:
@@ -129,18 +148,33 @@ def attach(example: Example) -> dict[str, np.ndarray]:
     return {"ranks": example.extras["ranks"], "margin": margin}
 
 
-def pairs_of(examples: Sequence[Example], scores: np.ndarray) -> dict[str, Any]:
-    """Every pair that the ranks order, of scores `[examples, K]`: arguments of `calibrate`."""
+def texts_of(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """All responses of the comparisons, record by record, and the record of each."""
+    owners, texts = [], []
+    for record in records:
+        for response in record.get("completions") or (record["chosen"], record["rejected"]):
+            owners.append(record)
+            texts.append(response if isinstance(response, str) else response[0]["content"])
+    return owners, texts
+
+
+def pairs_of(records: Sequence[Record], scores: np.ndarray) -> dict[str, Any]:
+    """Every pair that the records order, of the scores of `texts_of`: arguments of `calibrate`.
+
+    The strength of a preference is the record's, or in a ranking the difference of the ranks.
+    """
     pairs: dict[str, list] = {
         name: [] for name in ("chosen", "rejected", "responses", "groups", "strengths")
     }
-    for number, (example, row) in enumerate(zip(examples, scores, strict=True)):
-        ranks = example.extras["ranks"]
+    first = 0
+    for record in records:
+        ranks = np.array(record.get("ranks", (0, 1)))
         for i, j in np.argwhere(ranks[:, None] < ranks[None, :]):
-            pairs["responses"].append((number * len(ranks) + i, number * len(ranks) + j))
-            pairs["chosen"].append(row[i])
-            pairs["rejected"].append(row[j])
-            pairs["groups"].append(example.prompt.tobytes().hex())
-            strength = example.extras.get("strength")
-            pairs["strengths"].append(None if strength is None else strength_name(strength))
+            pairs["responses"].append((first + i, first + j))
+            pairs["chosen"].append(scores[first + i])
+            pairs["rejected"].append(scores[first + j])
+            pairs["groups"].append(json.dumps(record["prompt"]))
+            ranked = float(ranks[j] - ranks[i]) if "ranks" in record else None
+            pairs["strengths"].append(record.get("strength", ranked))
+        first += len(ranks)
     return pairs

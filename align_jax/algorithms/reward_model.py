@@ -19,7 +19,6 @@ afterwards on texts of a reference policy, and the result is stored with the mod
 import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,12 +32,13 @@ from align_jax.algorithms.comparisons import (
     attach,
     comparisons_kind,
     load_comparisons,
-    load_source,
+    load_held_out,
     pairs_of,
-    prepare,
+    texts_of,
 )
 from align_jax.data.chat import Example
-from align_jax.distributed.partitioning import replicated
+from align_jax.data.formats import Record
+from align_jax.data.pipeline import sample_with_replacement
 from align_jax.evaluation.calibration import accuracy, calibrate
 from align_jax.evaluation.calibration_report import format_calibration, write_calibration_report
 from align_jax.losses import ranking
@@ -48,17 +48,19 @@ from align_jax.models.heads import (
     response_scores,
     without_unembedding,
 )
-from align_jax.models.interchange import load_reward_model, save_reward_model
-from align_jax.rewards.model import DIRECTORY, RewardModel, member_directories
+from align_jax.models.interchange import save_reward_model
+from align_jax.rewards.model import DIRECTORY, RewardModel
 from align_jax.training import offline, pretrained
 from align_jax.training.errors import RunError
-from align_jax.training.metrics import read_metrics
+from align_jax.training.metrics import progress, read_metrics
 from align_jax.training.step import Batch, LossFunction, LossSums
 from align_jax.training.workdir import Workdir, write_json
 
 LOSSES = ("pairwise", "best_of_k", "all_pairs", "plackett_luce")
 
 _DETAILS = ("reliability", "by_difference", "by_strength", "rewards")
+
+SCORED_TOGETHER = 64  # held-out records, between two marks of the progress bar
 
 # Stands for minus infinity where a record has fewer responses than another: exp of it is 0, and
 # differences of it are 0 and not nan.
@@ -77,7 +79,7 @@ def default_reward_model_config() -> ConfigDict:
             "margins": "",
             "label_smoothing": 0.0,
             "center_coefficient": 0.0,
-            "ensemble": 1,  # members, each with its own head and order of the data
+            "ensemble": 1,  # members, each with its own head, order and sample of the data
             "held_out": 0,  # this many of the last records of data.source are for evaluation only
             "normalization": {
                 "kind": "none",  # | "mean_std" (Ziegler: 0 and 1) | "mean" (Stiennon: 0)
@@ -161,17 +163,6 @@ def _losses(config: ConfigDict, scores, ranks, margin):
     return ranking.best_of_k_loss(scores, jnp.argmin(ranks, axis=1))
 
 
-def score_examples(
-    model: ScalarModel, mesh: Mesh, examples: Sequence[Example], data: ConfigDict
-) -> np.ndarray:
-    """Every response's scalar `[examples, K]`, before gain and bias; examples as of `prepare`."""
-    run = jax.jit(response_scores, out_shardings=replicated(mesh))
-    scores = offline.score_responses(
-        lambda batch: run(model, batch), mesh, examples, data, description="scoring"
-    )
-    return scores.astype(np.float64)
-
-
 def check(config: ConfigDict) -> None:
     """Raises `RunError` for a config that no data and no model could make right."""
     make_loss(config)
@@ -198,7 +189,6 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     if config.normalization.kind != "none":
         reference = reward_normalization.reference_texts(config, workdir, mesh)
     folder = workdir.path / DIRECTORY
-    scalars = []
     if not folder.exists():
         # What a run killed while saving left behind is incomplete.
         partial = workdir.path / f".{DIRECTORY}"
@@ -214,8 +204,6 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             if reference is not None:
                 raw = RewardModel([(model, scale)], tokenizer, mesh=mesh).member_scores(*reference)
                 scale = reward_normalization.scale_from(config, raw[0], scale)
-            if held_out:
-                scalars.append(score_examples(model, mesh, held_out, config.data))
             target = partial / str(member) if config.ensemble > 1 else partial
             if jax.process_index() == 0:
                 save_reward_model(model, tokenizer, target, scale=scale)
@@ -225,28 +213,23 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
                 members = [str(member) for member in range(config.ensemble)]
                 write_json(partial / "reward.json", {"members": members})
             os.replace(partial, folder)
-    elif held_out:
-        scalars = _saved_scalars(config, folder, mesh, held_out)
-    return _report(config, workdir, held_out, scalars) if held_out else {}
+    return _report(config, workdir, mesh, held_out) if held_out else {}
 
 
 def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Accuracy and calibration of a finished run's model on `data.eval_source` or `held_out`."""
     tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     if config.data.eval_source:  # the data it was trained on may be gone
-        held_out = load_source(config, config.data.eval_source, tokenizer)
-        held_out = prepare(config, held_out, margins=False)
+        held_out = load_held_out(config, config.data.eval_source, tokenizer)
     else:
         held_out = load_comparisons(config, tokenizer)[1]
-    mesh = pretrained.open_mesh(config)
-    scalars = _saved_scalars(config, workdir.path, mesh, held_out)
-    return _report(config, workdir, held_out, scalars)
+    return _report(config, workdir, pretrained.open_mesh(config), held_out)
 
 
 def train_member(
     config: ConfigDict, workdir: Workdir, member: int, examples: Sequence[Example]
 ) -> ScalarModel:
-    """One trained model; the members differ by the head they start with and the data's order."""
+    """One trained model; members differ by their first head, their order and sample of the data."""
     settings = config.copy_and_resolve_references()
     # No seed of one ensemble is one of another's.
     settings.seed = config.seed * config.ensemble + member
@@ -256,6 +239,7 @@ def train_member(
         directory = directory / "members" / str(member)
         directory.mkdir(parents=True, exist_ok=True)
         description = f"{config.loss} {member + 1}/{config.ensemble}"
+        examples = [examples[i] for i in sample_with_replacement(len(examples), settings.seed)]
     transformer, mesh = pretrained.open_model(settings)
     transformer = without_unembedding(transformer)
     model = ScalarModel(transformer, key=jax.random.key(settings.seed))
@@ -271,31 +255,26 @@ def train_member(
     )
 
 
-def _saved_scalars(
-    config: ConfigDict, path: Path, mesh: Mesh, examples: Sequence[Example]
-) -> list[np.ndarray]:
-    scalars = []
-    for folder in member_directories(path):
-        model, _ = load_reward_model(folder, mesh=mesh, compute_dtype=config.compute_dtype)
-        scalars.append(score_examples(model, mesh, examples, config.data))
-    return scalars
-
-
 def _report(
-    config: ConfigDict,
-    workdir: Workdir,
-    examples: Sequence[Example],
-    scalars: Sequence[np.ndarray],
+    config: ConfigDict, workdir: Workdir, mesh: Mesh, records: Sequence[Record]
 ) -> dict[str, Any]:
-    """Accuracy and calibration of the mean of the members' scalars, written to `report/`."""
-    pairs = pairs_of(examples, np.mean(scalars, axis=0))
+    """Accuracy and calibration of what was saved, scored as it will be; written to `report/`."""
+    reward = RewardModel.load(workdir.path, mesh=mesh, compute_dtype=config.compute_dtype)
+    with progress(description="scoring", total=len(records), unit="record") as bar:
+        parts = []
+        for start in range(0, len(records), SCORED_TOGETHER):
+            part = records[start : start + SCORED_TOGETHER]
+            parts.append(reward.member_log_odds(*texts_of(part)))
+            bar.update(len(part))
+    members = np.concatenate(parts, axis=1)
+    pairs = pairs_of(records, reward.mean_log_odds(members))
     summary = calibrate(**pairs)
-    if len(scalars) > 1:
-        members = [pairs_of(examples, one) for one in scalars]
-        differences = [np.subtract(one["chosen"], one["rejected"]) for one in members]
+    if len(members) > 1:
+        of_members = [pairs_of(records, one) for one in members]
+        differences = [np.subtract(one["chosen"], one["rejected"]) for one in of_members]
         summary["ensemble"] = {
-            "accuracy": [accuracy(one["chosen"], one["rejected"]) for one in members],
-            # Of differences: the zero of each member's scalars is its own.
+            "accuracy": [accuracy(one["chosen"], one["rejected"]) for one in of_members],
+            # Of differences: the zero of each member's log-odds is its own.
             "disagreement": float(np.std(differences, axis=0).mean()),
         }
     source = config.data.eval_source or f"{config.data.source}, the last {config.held_out}"
@@ -304,7 +283,7 @@ def _report(
         workdir.path / "report",
         title=f"Reward model ({config.loss}) on {config.model}",
         summary=summary | {"data": source, "config": config.to_dict()},
-        curves=read_metrics(workdir.path) if len(scalars) == 1 else (),
+        curves=read_metrics(workdir.path) if len(members) == 1 else (),
         chosen=np.array(pairs["chosen"]),
         rejected=np.array(pairs["rejected"]),
     )

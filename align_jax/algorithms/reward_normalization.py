@@ -33,6 +33,13 @@ def check(config: ConfigDict) -> None:
         raise RunError(
             f"config.normalization.kind is {n.kind!r}; expected one of {', '.join(KINDS)}."
         )
+    for name in ("source", "policy"):
+        if n.kind == "none" and n[name]:
+            raise RunError(
+                f"config.normalization.{name} is {n[name]!r}, but config.normalization.kind is "
+                "'none', so nothing would be normalised: set it to mean_std or mean, or the other "
+                "to ''."
+            )
     if n.kind != "none" and not n.source:
         raise RunError(
             f"config.normalization.kind = {n.kind!r} needs config.normalization.source: records "

@@ -19,7 +19,7 @@ ASSISTANT = "\n\nAssistant:"
 REQUIRED = {
     "sft": (("messages",), ("prompt", "completion"), ("text",)),
     "preference": (("chosen", "rejected"),),
-    "ranked": (("prompt", "completions", "ranks"),),
+    "ranked": (("prompt", "completions", "ranks"), ("prompt", "completions", "best")),
     "labelled": (("prompt", "completion", "label"),),
     "prompt": (("prompt",),),
 }
@@ -69,11 +69,12 @@ def parse_record(raw: Any, *, kind: str, where: str) -> Record:
 
     Kinds: `sft` (`text` | `messages` | `prompt` + `completion`), `preference` (`chosen` +
     `rejected`, with `prompt` or whole dialogues, + `margin`, + `strength`), `ranked` (`prompt` +
-    `completions` + `ranks`, 0 is best), `labelled` (`prompt` + `completion` + `label`), `prompt` (+
-    `answer`, a string or a number, + `safety`, a boolean: what rewards look at).
-    In the normal form a preference always has its `prompt`, a response to a message prompt is a
-    list of one assistant message, fields the kind does not use are gone, and `where` is kept for
-    later messages.
+    `completions`, + `ranks`, 0 is best, or `best`, the best one's place from 0), `labelled`
+    (`prompt` + `completion` + `label`), `prompt` (+ `answer`, a string or a number, + `safety`, a
+    boolean: what rewards look at).
+    In the normal form a preference always has its `prompt`, a ranking its `ranks`, a response to a
+    message prompt is a list of one assistant message, fields the kind does not use are gone, and
+    `where` is kept for later messages.
 
     Raises DataError naming `where`, the field, what was found and what was expected.
     """
@@ -339,13 +340,20 @@ def _number(value: Any, field: str, where: str) -> float:
 
 def _parse_ranked(fields: Record, where: str) -> Record:
     prompt = _prompt(fields["prompt"], where)
-    completions, ranks = fields["completions"], fields["ranks"]
+    completions = fields["completions"]
     if not isinstance(completions, list) or len(completions) < 2:
         raise _wrong(where, "completions", completions, "a list of two or more completions")
     completions = [
         _response(one, prompt, f"completions[{index}]", where)
         for index, one in enumerate(completions)
     ]
+    if "best" in fields:
+        best = fields["best"]
+        if type(best) is not int or not 0 <= best < len(completions):
+            raise _wrong(where, "best", best, f"the place of the best, 0 to {len(completions) - 1}")
+        ranks = [int(place != best) for place in range(len(completions))]
+        return {"prompt": prompt, "completions": completions, "ranks": ranks}
+    ranks = fields["ranks"]
     if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
         raise _wrong(where, "ranks", ranks, "a list of integers, 0 for the best")
     if len(ranks) != len(completions):

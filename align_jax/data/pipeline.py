@@ -24,9 +24,17 @@ def permutation(size: int, *key: int) -> np.ndarray:
     Sorting raw Philox words, whose stream numpy guarantees, and not `Generator.permutation`, whose
     algorithm numpy may change: a run must resume under another numpy.
     """
+    return np.argsort(_words(size, key), kind="stable")
+
+
+def sample_with_replacement(size: int, *key: int) -> np.ndarray:
+    """`size` numbers below `size` that depend on `key` alone, as `permutation`'s do."""
+    return (_words(size, key) % np.uint64(size)).astype(np.int64)
+
+
+def _words(size: int, key: Sequence[int]) -> np.ndarray:
     state = np.array([part % 2**64 for part in (*key, 0)[:2]], np.uint64)
-    words = np.random.Philox(key=state).random_raw(size)
-    return np.argsort(words, kind="stable")
+    return np.random.Philox(key=state).random_raw(size)
 
 
 class Loader:

@@ -16,6 +16,7 @@ import numpy as np
 
 RESAMPLES = 1000
 BINS = 10
+_MOST_STRENGTHS = 8
 
 
 def accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
@@ -29,7 +30,7 @@ def calibrate(
     *,
     responses: Sequence[tuple[int, int]] | None = None,
     groups: Sequence[Hashable] | None = None,
-    strengths: Sequence[str | None] | None = None,
+    strengths: Sequence[str | float | None] | None = None,
     bins: int = BINS,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -41,7 +42,8 @@ def calibrate(
       responses: numbers of the chosen and the rejected response of each pair, so that pairs of one
         ranking are known to share them; by default every pair has two of its own.
       groups: the prompt of each pair; by default every pair has its own.
-      strengths: how strong each preference was, for accuracies by strength; None where unknown.
+      strengths: how strong each preference was, in words or numbers; None where unknown. More than
+        eight different numbers are put into quarters of as many pairs.
       bins: of equal width in confidence, from 0.5 to 1.
       resamples: of the bootstrap, and of the simulation below.
 
@@ -52,7 +54,11 @@ def calibrate(
       exactly as often as it says, on as many pairs of as many responses (rankings are drawn from
       Plackett-Luce, whose pairs are Bradley-Terry): ECE is never below 0, so chance alone lifts it;
       `reliability`, a row a bin that holds pairs; `by_difference`, a row for each eighth of the
-      pairs by |r_c - r_r|; `by_strength`; `rewards` of chosen and rejected: mean, std, quantiles.
+      pairs by |r_c - r_r|; `by_strength`, strongest first (words by the alphabet; empty if all are
+      alike); `rewards` of chosen and rejected: mean, std, quantiles.
+
+    Where every prompt has the same accuracy, all right say, resampling finds no other: the interval
+    is then Wilson's (1927) for as many independent pairs as there are prompts.
 
     Resampling adds chance to the chance already in the ECE, so its interval is no plain quantile
     interval. It begins at 0 if a calibrated model's ECE reaches as high 2.5 % of the time, and
@@ -80,6 +86,9 @@ def calibrate(
     out: dict[str, Any] = {"pairs": len(chosen), "prompts": len(names)}
     for name, column, interval in zip(("accuracy", "brier", "nll"), values.T, intervals):
         out |= {name: float(column.mean()), f"{name}_ci95": interval}
+    of_prompts = table[:, 1] / table[:, 0]
+    if (of_prompts == of_prompts[0]).all():
+        out["accuracy_ci95"] = _wilson(out["accuracy"], len(names))
 
     gaps = np.zeros((len(chosen), bins))
     gaps[np.arange(len(chosen)), place] = right - confidence
@@ -121,10 +130,8 @@ def calibrate(
         _row(right, confidence, part) | {"difference": float(size[part].mean())} for part in eighths
     ]
     if strengths is not None:
-        known = sorted({s for s in strengths if s is not None}, reverse=True)
-        members = [np.array([s == one for s in strengths]) for one in known]
         out["by_strength"] = {
-            one: _row(right, confidence, member) for one, member in zip(known, members)
+            name: _row(right, confidence, members) for name, members in _by_strength(strengths)
         }
     out["rewards"] = {
         "chosen": _distribution(chosen),
@@ -160,18 +167,40 @@ def _by_group(values: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:
     return out
 
 
+def _by_strength(strengths: Sequence[str | float | None]) -> list[tuple[str, np.ndarray]]:
+    """The pairs of each strength, or of each quarter of the numbers; none if all are alike."""
+    words = sorted({s for s in strengths if isinstance(s, str)}, reverse=True)
+    buckets = [(word, np.array([s == word for s in strengths])) for word in words]
+    numbers = np.array([np.nan if s is None or isinstance(s, str) else s for s in strengths])
+    values = np.unique(numbers[~np.isnan(numbers)])[::-1]
+    if len(values) <= _MOST_STRENGTHS:
+        buckets += [(f"{value:g}", numbers == value) for value in values]
+    else:
+        quartiles = np.nanquantile(numbers, [0.25, 0.5, 0.75])
+        place = np.where(np.isnan(numbers), -1, np.searchsorted(quartiles, numbers))
+        for quarter in np.unique(place[place >= 0])[::-1]:
+            members = place == quarter
+            low, high = numbers[members].min(), numbers[members].max()
+            buckets.append((f"{low:g} to {high:g}", members))
+    return buckets if len(buckets) > 1 else []
+
+
 def _row(right: np.ndarray, confidence: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
     """Accuracy with its interval (Wilson 1927) and mean confidence of some of the pairs."""
     count, share = len(right[chosen]), float(right[chosen].mean())
-    z = 1.959964
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
     return {
         "pairs": count,
         "confidence": float(confidence[chosen].mean()),
         "accuracy": share,
-        "accuracy_ci95": [max(0.0, float(middle - half)), min(1.0, float(middle + half))],
+        "accuracy_ci95": _wilson(share, count),
     }
+
+
+def _wilson(share: float, count: int) -> list[float]:
+    z = 1.959964
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return [max(0.0, float(middle - half)), min(1.0, float(middle + half))]
 
 
 def _distribution(values: np.ndarray) -> dict[str, Any]:

@@ -31,7 +31,7 @@ _CAPTION = (
     "often as it says. Top right: accuracy against the difference of the two rewards, an eighth of "
     "the pairs a point; dotted: what sigmoid promises. Bars: 95 % intervals (Wilson), which take "
     "pairs as independent. Below: rewards of chosen and rejected responses, and accuracy by "
-    "strength of the preference where the data say it."
+    "strength of the preference (in rankings: by the difference of the ranks)."
 )
 
 
@@ -112,7 +112,17 @@ def format_calibration(summary: Mapping[str, Any]) -> str:
         f"(95 % intervals by prompt; a calibrated model's ECE on as many pairs: "
         f"{chance['mean']:.3f})"
     )
+    if "ensemble" in summary:
+        lines += [f"members: {one}" for one in _of_members(summary["ensemble"])]
     return "\n".join(lines)
+
+
+def _of_members(ensemble: Mapping[str, Any]) -> list[str]:
+    shares = ", ".join(f"{share:.3f}" for share in ensemble["accuracy"])
+    return [
+        f"accuracy {shares}",
+        f"disagreement {ensemble['disagreement']:.3f} nats a pair (standard deviation)",
+    ]
 
 
 _MEASURES = (("accuracy", "accuracy"), ("ECE", "ece"), ("Brier", "brier"), ("nats", "nll"))
@@ -129,7 +139,8 @@ def write_calibration_report(
 ) -> Path:
     """Writes index.html, calibration.png, curves.png and summary.json; returns the page.
 
-    summary: of `calibration.calibrate`; what else there is (`config`, `ensemble`) is listed.
+    summary: of `calibration.calibrate`; `ensemble`, of several members their `accuracy` and
+      `disagreement`, nats; what else there is (`config`) is listed.
     curves: rows of metrics.jsonl. A report that is there survives a failure.
     """
     picture = calibration_figure(summary, chosen, rejected)
@@ -159,6 +170,8 @@ def _results(summary: Mapping[str, Any]) -> str:
         "exactly as often as it says would have, on as many pairs, an ECE of "
         f"{chance['mean']:.3f} by chance (95 % of the time below {chance['quantile_95']:.3f})."
     )
+    if "ensemble" in summary:
+        caption += f" The members: {'; '.join(_of_members(summary['ensemble']))}."
     table = html_table(("", "value", "95 % interval"), rows, "narrow")
     return f'{table}\n<p class="caption">{caption}</p>'
 

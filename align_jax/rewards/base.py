@@ -69,7 +69,7 @@ def scores_and_components(
 
     The second is empty for a reward without `components`. Each component is computed once.
     """
-    if not len(records) or not hasattr(reward, "components"):
+    if not len(records) or getattr(reward, "components", None) is None:
         return checked_scores(reward, records, completions), {}
     components = reward.components(records, completions)
     texts = {"completion": completions}

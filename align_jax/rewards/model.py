@@ -43,6 +43,11 @@ class RewardModel:
         arXiv:1706.03741, section 2.2.3).
       tokenizer: the members'.
       mesh: on which the members lie, if on one.
+
+    Attributes:
+      components: None, but of an ensemble the function that `base.scores_and_components` asks: the
+        reward of each member, `member_0` and so on, and their `disagreement`, the standard
+        deviation over them, `[N]` float32 each.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class RewardModel:
         self.members = list(members)
         self.tokenizer = tokenizer
         self._mesh = mesh
+        self.components = self._components if len(self.members) > 1 else None
         limits = [scale.max_length for _, scale in self.members if scale.max_length]
         self.max_length = min([*limits, self.members[0][0].config.context_length])
         scale = self.members[0][1]
@@ -89,11 +95,34 @@ class RewardModel:
         """The reward of each completion, `[N]` float32; of an ensemble the mean."""
         return self.member_scores(records, completions).mean(axis=0)
 
-    def disagreement(
+    def _components(
+        self, records: Sequence[Mapping[str, Any]], completions: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        scores = self.member_scores(records, completions)
+        members = {f"member_{k}": own for k, own in enumerate(scores)}
+        return members | {"disagreement": scores.std(axis=0)}
+
+    def combine(
+        self, components: Mapping[str, np.ndarray], records: Sequence[Mapping[str, Any]]
+    ) -> np.ndarray:
+        """The mean of the members among `components`, `[N]` float32."""
+        members = [components[f"member_{k}"] for k in range(len(self.members))]
+        return np.mean(members, axis=0, dtype=np.float32)
+
+    def member_log_odds(
         self, records: Sequence[Mapping[str, Any]], completions: Sequence[str]
     ) -> np.ndarray:
-        """Standard deviation of the members' rewards, `[N]` float32; 0 for a single model."""
-        return self.member_scores(records, completions).std(axis=0)
+        """Every member's scalar before gain and bias, `[members, N]` float64.
+
+        Differences of these are the log-odds that the member was fitted to.
+        """
+        scores = self.member_scores(records, completions).astype(np.float64)
+        return np.array([(own - s.bias) / s.gain for own, (_, s) in zip(scores, self.members)])
+
+    def mean_log_odds(self, members: np.ndarray) -> np.ndarray:
+        """Of `member_log_odds` what orders texts as the reward does, `[N]`: weighted by gains."""
+        gains = [scale.gain for _, scale in self.members]
+        return np.average(members, axis=0, weights=gains)
 
     def member_scores(
         self, records: Sequence[Mapping[str, Any]], completions: Sequence[str]

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from align_jax.data.batching import build_batch, round_up_to_bucket
 from align_jax.data.chat import Example, encode_records
+from align_jax.data.formats import Record
 from align_jax.data.pipeline import Loader
 from align_jax.data.sources import load_records
 from align_jax.models.frozen import partition
@@ -64,6 +65,13 @@ def default_offline_config() -> ConfigDict:
 def load_examples(data: ConfigDict, source: str, tokenizer: Any, *, kind: str) -> list[Example]:
     """Reads, checks and tokenises every record of a source before anything is computed."""
     records = load_records(source, kind=kind, limit=data.limit or None, invalid=data.invalid)
+    return tokenised(data, records, tokenizer, kind=kind)
+
+
+def tokenised(
+    data: ConfigDict, records: Sequence[Record], tokenizer: Any, *, kind: str
+) -> list[Example]:
+    """Examples of records, cut, left out or refused as `data` says; their ids are the places."""
     with progress(description="tokenising", total=len(records), unit="record") as bar:
         return encode_records(
             records,

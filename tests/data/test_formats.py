@@ -43,6 +43,17 @@ def test_valid_records_keep_their_fields(kind, raw):
     assert parse(raw, kind) == raw
 
 
+def test_the_place_of_the_best_is_a_ranking():
+    raw = {"prompt": "a", "completions": ["b", "c", "d"], "best": 1}
+    ranked = {"prompt": "a", "completions": ["b", "c", "d"], "ranks": [1, 0, 1]}
+    assert parse(raw, "ranked") == ranked
+    with pytest.raises(DataError, match="'ranks' and .*'best': keep the one"):
+        parse(raw | ranked, "ranked")
+    for wrong in (3, -1, "b", True):
+        with pytest.raises(DataError, match="field 'best': .*the place of the best, 0 to 2"):
+            parse(raw | {"best": wrong}, "ranked")
+
+
 def test_foreign_and_null_fields_are_left_out():
     raw = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": None, "prompt_id": 3}
     assert parse(raw, "preference") == {"prompt": "a", "chosen": "b", "rejected": "c"}

@@ -48,11 +48,19 @@ def test_numbers_against_brute_force():
         assert row["confidence"] == pytest.approx(confidence)
         assert row["accuracy"] == pytest.approx(correct)
         assert row["accuracy_ci95"][0] <= correct <= row["accuracy_ci95"][1]
-    assert sum(row["pairs"] for row in out["by_difference"]) == 60
-    assert [row["difference"] for row in out["by_difference"]] == sorted(
-        row["difference"] for row in out["by_difference"]
+    by_size = sorted(
+        zip(np.abs(chosen - rejected), (chosen > rejected) + 0.5 * (chosen == rejected))
     )
-    assert out["rewards"]["chosen"]["mean"] == pytest.approx(np.mean(chosen))
+    sizes = [8] * 4 + [7] * 4  # 60 in eighths
+    assert [row["pairs"] for row in out["by_difference"]] == sizes
+    for row, size in zip(out["by_difference"], sizes):
+        part, by_size = np.array(by_size[:size]), by_size[size:]
+        assert row["difference"] == pytest.approx(part[:, 0].mean())
+        assert row["accuracy"] == pytest.approx(part[:, 1].mean())
+    for name, values in (("chosen", chosen), ("rejected", rejected)):
+        assert out["rewards"][name]["mean"] == pytest.approx(sum(values) / 60)
+        assert out["rewards"][name]["std"] == pytest.approx(np.std(values))
+        assert out["rewards"][name]["quantiles"][2] == pytest.approx(np.median(values))
 
 
 def test_which_response_is_called_chosen_says_nothing_about_calibration():
@@ -127,6 +135,29 @@ def test_accuracy_by_strength():
     assert out["by_strength"]["1"]["accuracy"] == 0
 
 
+def test_many_strengths_are_put_into_quarters():
+    rng = np.random.default_rng(6)
+    chosen, rejected = made_pairs(rng, 200)
+    strengths = rng.permutation(np.arange(200) // 2).tolist()  # 100 numbers, twice each
+    out = calibrate(chosen, rejected, strengths=strengths, resamples=5)
+    assert list(out["by_strength"]) == ["75 to 99", "50 to 74", "25 to 49", "0 to 24"]
+    for quarter, row in zip((3, 2, 1, 0), out["by_strength"].values()):
+        members = np.array(strengths) // 25 == quarter
+        assert row["pairs"] == 50 == members.sum()
+        assert row["accuracy"] == pytest.approx(accuracy(chosen[members], rejected[members]))
+    few = calibrate(chosen, rejected, strengths=[10.0, 2.0] * 99 + ["sure", None], resamples=5)
+    assert list(few["by_strength"]) == ["sure", "10", "2"]  # by size, not by the alphabet
+    assert calibrate(chosen, rejected, strengths=[3.0] * 200, resamples=5)["by_strength"] == {}
+
+
+def test_all_right_is_no_certainty():
+    """28 of 28: resampling knows nothing else; Wilson's interval is 1 / (1 + z^2 / n) to 1."""
+    out = calibrate(np.ones(28), np.zeros(28), resamples=20)
+    assert out["accuracy_ci95"] == pytest.approx([1 / (1 + 1.959964**2 / 28), 1.0])
+    twice = calibrate(np.ones(28), np.zeros(28), groups=[*range(14)] * 2, resamples=20)
+    assert twice["accuracy_ci95"] == pytest.approx([1 / (1 + 1.959964**2 / 14), 1.0])
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected", "message"),
     [
@@ -161,5 +192,7 @@ def test_the_report_holds_the_numbers_and_a_figure(tmp_path):
     assert "A &lt;reward&gt; model" in text and "&lt;m&gt;" in text
     assert f"{summary['accuracy']:.3f}" in text and text.count("data:image/png;base64,") == 2
     assert (tmp_path / "report" / "calibration.png").read_bytes()[:4] == b"\x89PNG"
-    printed = format_calibration(summary)
+    members = {"accuracy": [0.5, 0.625], "disagreement": 0.25}
+    printed = format_calibration(summary | {"ensemble": members})
+    assert "members: accuracy 0.500, 0.625" in printed and "disagreement 0.250" in printed
     assert printed.isascii() and max(map(len, printed.splitlines())) <= 80

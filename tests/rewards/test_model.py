@@ -11,7 +11,7 @@ from align_jax.data.builtin import load_builtin
 from align_jax.models.families import ModelError
 from align_jax.models.heads import RewardScale, ScalarModel
 from align_jax.models.interchange import load_model, load_tokenizer, save_reward_model
-from align_jax.rewards.base import checked_scores
+from align_jax.rewards.base import checked_scores, scores_and_components
 from align_jax.rewards.model import RewardModel
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -141,7 +141,35 @@ def test_it_loads_a_directory_an_ensemble_and_a_runs_workdir(reward, model, toke
         loaded = RewardModel.load(path)
         np.testing.assert_allclose(loaded(RECORDS[:3], TEXTS[:3]), expected, atol=1e-6)
     assert len(loaded.members) == 2
-    np.testing.assert_array_equal(loaded.disagreement(RECORDS[:3], TEXTS[:3]), 0)
+
+
+def test_an_ensemble_tells_its_members_and_where_they_disagree(model, tokenizer):
+    scales = [SCALE, dataclasses.replace(SCALE, gain=-0.5 * SCALE.gain, bias=SCALE.bias + 1)]
+    ensemble = RewardModel([(model, scale) for scale in scales], tokenizer)
+    single = [RewardModel([(model, scale)], tokenizer) for scale in scales]
+    first, second = (one(RECORDS, TEXTS) for one in single)
+    scores, components = scores_and_components(ensemble, RECORDS, TEXTS)
+    np.testing.assert_allclose(scores, (first + second) / 2, atol=1e-6)
+    np.testing.assert_allclose(scores, ensemble(RECORDS, TEXTS), atol=1e-6)
+    assert list(components) == ["member_0", "member_1", "disagreement"]
+    np.testing.assert_allclose(components["member_1"], second, atol=1e-6)
+    np.testing.assert_allclose(components["disagreement"], abs(first - second) / 2, atol=1e-6)
+    assert components["disagreement"].std() > 0.01
+    assert scores_and_components(single[0], RECORDS, TEXTS)[1] == {}
+
+
+def test_log_odds_are_what_stood_before_gain_and_bias(model, tokenizer):
+    scales = [SCALE, dataclasses.replace(SCALE, gain=3 * SCALE.gain, bias=SCALE.bias - 2)]
+    ensemble = RewardModel([(model, scale) for scale in scales], tokenizer)
+    members = ensemble.member_log_odds(RECORDS, TEXTS)
+    expected = RewardModel([(model, RewardScale())], tokenizer)(RECORDS, TEXTS)
+    for own in members:
+        np.testing.assert_allclose(own, expected, atol=1e-5)
+    # Of members that differ, the mean orders texts as the reward does.
+    members = members * [[1.0], [-0.6]]
+    reward = sum(s.gain * own + s.bias for own, s in zip(members, scales)) / 2
+    order = np.argsort(ensemble.mean_log_odds(members))
+    np.testing.assert_array_equal(order, np.argsort(reward))
 
 
 def test_a_run_that_has_not_finished_is_named(tmp_path):
