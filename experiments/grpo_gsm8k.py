@@ -9,8 +9,9 @@ The reward is 1 where the last number of a completion is the record's answer, an
 the paper: a group's rewards are centred and divided by their standard deviation, the KL is a term
 of the loss (k3, coefficient 0.04), losses are averaged over a completion's tokens first. What
 differs: the reward, for which section 4 trains a model (this one is that of the authors'
-DeepSeek-R1, arXiv:2501.12948, section 2.2.2); at `small` SmolLM2, made sums in place of GSM8K (give
-its file as above), groups of 8 for 64. `--config.scale_rewards=False --config.aggregation=dr_grpo`
+DeepSeek-R1, arXiv:2501.12948, section 2.2.2); GSM8K alone, where the paper has some 144,000
+questions with MATH's; at `small` SmolLM2, made sums in place of GSM8K (give its file as above),
+groups of 8 for 64. `--config.scale_rewards=False --config.aggregation=dr_grpo`
 is Dr. GRPO; `--config.aggregation=dapo --config.clip_range_high=0.28 --config.dynamic_sampling=2
 --config.kl.coefficient=0` is DAPO.
 

@@ -20,7 +20,11 @@ was right on 0.62 (0.52 to 0.71) of 157 pairs of 40 held-out prompts (`--config.
 ECE 0.15 where calibrated it were 0.08). In its 16 updates PPO-ptx moved the mean score of
 completions of 24 tokens, nearly all of them cut short, from -2.1 to -1.8 at 1.2 nats, which is
 within what iterations of 24 differ by (seed 0). `scale=tiny` takes about a minute;
-`scale=paper` follows appendix C with a Llama 2 in place of GPT-3; not run.
+`scale=paper` follows appendix C with a Llama 2 in place of GPT-3; not run. It leaves out dropout,
+the moving average of the weights and the floor of the cosine schedule at a tenth, starts PPO from
+the SFT model itself (the paper: from one of two epochs with a tenth of pretraining text), and gives
+the policy the learning rate that appendix C.4 states for the value function: for the policy it
+prints none.
 """
 
 from ml_collections import ConfigDict
@@ -76,13 +80,14 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
             config.data.max_length = 2048
         sft.data.update(source="demonstrations.jsonl", batch_size=32)
         sft.num_epochs = 16.0
+        sft.optimizer.learning_rate = 9.65e-6
         # A row holds a prompt and up to 9 responses.
         buckets = tuple(2048 * i for i in range(1, 10))
         reward.data.update(source="ranked.jsonl", batch_size=64, length_buckets=buckets)
         reward.data.target_buckets = buckets
         reward.normalization.update(source="demonstrations.jsonl", limit=1000)
         ppo.data.source = "prompts.jsonl"
-        ppo.optimizer.learning_rate = 9e-6
+        ppo.optimizer.update(learning_rate=9e-6, warmup_steps=80)  # of ten iterations
         ppo.sampling.update(prompts=512, max_new_tokens=1024)
         ppo.update(num_iterations=500, minibatches=8)
         ppo.ptx.update(source="pretraining.jsonl", gamma=27.8, batch_size=512)

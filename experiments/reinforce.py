@@ -2,9 +2,11 @@
 
     launch/local.sh experiments/reinforce.py --config.kl.coefficient=0.1
 
-The simplest member of the family: a completion's KL-penalised reward is compared with the mean of
-what came before (decay 0.9; in the first iteration with the other completions). Everything else is
-as in experiments/rloo.py, so the two differ in their baselines only.
+The simplest member of the family (section 3 of the paper; for language models Ahmadian et al. 2024,
+arXiv:2402.14740, section 3.1 with eq. 6): a completion's KL-penalised reward is compared with the
+mean of what came before (decay 0.9; in the first iteration with the other completions). What
+differs from Williams: the completion is one action and the reward comes at its end, updates are
+Adam's. Everything else is as in experiments/rloo.py, so the two differ in their baselines only.
 
 `scale=small` took 12 minutes on one core, evaluation included. Seed 0, 200 openings
 (`--config.data.limit=200`), on 40 held-out ones, the base at 0.154:

@@ -3,9 +3,10 @@ arXiv:2402.14740, section 3), on controlled sentiment.
 
     launch/local.sh experiments/rloo.py --config.kl.coefficient=0.1
 
-As in the paper: one update for each batch of samples, the KL penalty in the reward of the whole
-completion, no critic, no clipping. What differs: SmolLM2, made openings of film reviews, and VADER
-as the reward in place of a reward model on TL;DR or HH; 20 updates of 10 prompts with 4 samples.
+As in the paper: the KL penalty in the reward of the whole completion, no critic, no clipping. What
+differs: one update for each batch of samples, where its appendix C takes two; SmolLM2, made
+openings of film reviews, and VADER as the reward in place of a reward model on TL;DR or HH; 20
+updates of 10 prompts with 4 samples.
 
 `scale=small` took 12 minutes on one core, evaluation included. Seed 0, 200 openings
 (`--config.data.limit=200`), on 40 held-out ones, the base at 0.154:

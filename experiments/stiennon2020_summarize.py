@@ -15,7 +15,8 @@ it the share of completions that end fell from 16 to 2 of 32 in five iterations.
 
 `scale=small` took 10 minutes on 2 cores and 8.2 GiB: in 8 iterations the mean score of completions
 went from -4.5 to -0.5, those that end from 16 to 31 of 32, at 1.9 nats (seed 0). `scale=tiny` takes
-about a minute; `scale=paper` is TL;DR with a Llama 2 in place of a 6.7B GPT; not run.
+about a minute; `scale=paper` is TL;DR with a Llama 2 in place of the paper's 6.7B model, at that
+model's learning rates and batches (appendix B.1); not run.
 """
 
 from ml_collections import ConfigDict
@@ -63,8 +64,8 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         ppo.sampling.update(prompts=8, max_new_tokens=8)
         ppo.update(num_iterations=2, epochs=2)
     elif scale == "paper":
-        # Section 3.4, appendix B.1: 64,832 comparisons, batches of 64; PPO one million episodes in
-        # batches of 512, summaries of at most 48 tokens.
+        # Section 3.4, appendix B.1, of 6.7B: 64,832 comparisons, batches of 64; PPO one million
+        # episodes in batches of 256, summaries of at most 48 tokens.
         sft.model = "meta-llama/Llama-2-7b-hf"
         for config in (sft, reward, ppo):
             config.compute_dtype = "bfloat16"
@@ -74,6 +75,8 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         reward.normalization.update(source="tldr_sft.jsonl", limit=1000)
         ppo.data.source = "tldr_posts.jsonl"
         ppo.missing_eos_score = -1.0
-        ppo.sampling.update(prompts=512, max_new_tokens=48)
-        ppo.update(num_iterations=2000, minibatches=1)
+        for config, rate in ((sft, 2.83e-5), (reward, 5e-6), (ppo, 7e-6)):
+            config.optimizer.learning_rate = rate
+        ppo.sampling.update(prompts=256, max_new_tokens=48)
+        ppo.update(num_iterations=4000, minibatches=1)
     return make_stages_config(sft=sft, reward=reward, ppo=ppo)
