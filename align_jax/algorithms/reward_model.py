@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -205,14 +206,15 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
                 raw = RewardModel([(model, scale)], tokenizer, mesh=mesh).member_scores(*reference)
                 scale = reward_normalization.scale_from(config, raw[0], scale)
             target = partial / str(member) if config.ensemble > 1 else partial
-            if jax.process_index() == 0:
-                save_reward_model(model, tokenizer, target, scale=scale)
+            save_reward_model(model, tokenizer, target, scale=scale)
             del model
         if jax.process_index() == 0:
             if config.ensemble > 1:
                 members = [str(member) for member in range(config.ensemble)]
                 write_json(partial / "reward.json", {"members": members})
             os.replace(partial, folder)
+        if jax.process_count() > 1:  # who has written nothing goes on to read it
+            multihost_utils.sync_global_devices(f"saved {folder}")
     return _report(config, workdir, mesh, held_out) if held_out else {}
 
 

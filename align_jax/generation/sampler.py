@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from align_jax.distributed.partitioning import constrain
 from align_jax.generation.logits import filter_logits, sample
 from align_jax.models.attention import attention
 from align_jax.models.transformer import Transformer
@@ -218,7 +219,8 @@ def _decode(model, cache, hidden, lengths, keys, stop_tokens, temperature, top_p
     drawn = draw(jnp.repeat(hidden, samples, axis=0), 0)
     out, stopped = record(out, 0, drawn, jnp.zeros(n, bool))
     *_, cache, out = jax.lax.while_loop(go_on, advance, (1, stopped, drawn[0], cache, out))
-    return out, cache
+    # Whole on every device, so that each of several hosts can read all of it.
+    return Generation(*(constrain(x, None, None) for x in out)), cache
 
 
 def _decode_layers(model, tokens, step, prompt_lengths, cache, lengths):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from align_jax.models import families
 from align_jax.models.families import ModelError
@@ -33,11 +34,12 @@ def save_model(
     """Writes a model and its tokenizer as a new Hugging Face directory.
 
     Parameters keep their dtype; adapters are merged into their kernels. The directory appears
-    under its name only once complete.
+    under its name only once complete. On several hosts all of them call it: each gathers the
+    parameters in its memory, the first writes, and the others go on when it has.
 
     Raises:
       ModelError: the directory exists and is not empty, the tokenizer has more tokens than the
-        model, parameters are spread over other hosts, or the disk is full. Nothing is left then.
+        model, or the disk is full. Nothing is left then.
     """
     _save(model, tokenizer, path)
 
@@ -61,7 +63,7 @@ def save_reward_model(
     scale = dataclasses.replace(scale, bias=scale.gain * head_bias + scale.bias)
     transformer = without_unembedding(model.transformer)
     dtype = transformer.embedding[...].dtype
-    kernel = np.asarray(model.head.head_kernel[...]).astype(dtype)[None]
+    kernel = _gathered(model.head.head_kernel[...]).astype(dtype)[None]
     _save(
         transformer,
         _with_distinct_padding(tokenizer),
@@ -101,10 +103,32 @@ def _save(
     path = pathlib.Path(path).expanduser()
     model = merge_adapters(model)
     leaves = {
-        families.parameter_path(keys): leaf
+        families.parameter_path(keys): leaf if leaf.is_fully_addressable else _gathered(leaf)
         for keys, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
     }
-    _check(model, leaves, tokenizer, path)
+    if jax.process_index() == 0:
+        _write(model, leaves, tokenizer, path, tensors or {}, config, files or {})
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {path}")
+
+
+def _gathered(leaf: jax.Array) -> np.ndarray:
+    """The whole array in this host's memory; on several hosts each takes part."""
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+
+def _write(
+    model: Transformer,
+    leaves: dict[str, jax.Array | np.ndarray],
+    tokenizer: "PreTrainedTokenizerFast",
+    path: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any] | None,
+    files: Mapping[str, dict],
+) -> None:
+    _check(model, tokenizer, path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +139,9 @@ def _save(
                 f"cannot save to {path}: the model takes {size:,} bytes, the disk has {free:,}."
             )
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        _write_weights(model, leaves, temporary, tensors or {})
+        _write_weights(model, leaves, temporary, tensors)
         _write_configs(model, leaves["embedding"].dtype, tokenizer, temporary, config)
-        for name, content in (files or {}).items():
+        for name, content in files.items():
             _write_json(temporary / name, content)
         # mkdtemp and safetensors write for their owner only; a model is as readable as any file.
         umask = os.umask(0)
@@ -133,7 +157,7 @@ def _save(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check(model, leaves, tokenizer, path: pathlib.Path) -> None:
+def _check(model, tokenizer, path: pathlib.Path) -> None:
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ModelError(f"{path} exists already; name a directory that does not, or an empty one.")
     if len(tokenizer) > model.config.vocab_size:
@@ -141,16 +165,11 @@ def _check(model, leaves, tokenizer, path: pathlib.Path) -> None:
             f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: "
             "they do not belong together."
         )
-    if not all(leaf.is_fully_addressable for leaf in leaves.values()):
-        raise ModelError(
-            "save_model: the parameters are spread over several hosts; load the checkpoint on one "
-            "host and save from there (`python -m align_jax export`)."
-        )
 
 
 def _write_weights(
     model: Transformer,
-    leaves: dict[str, jax.Array],
+    leaves: dict[str, jax.Array | np.ndarray],
     folder: pathlib.Path,
     more: Mapping[str, np.ndarray],
 ) -> None:
