@@ -19,7 +19,8 @@ normalised to mean 0 and standard deviation 1 on the policy's samples first, so 
 what they say. The paper trains each round's policy from the start, here it goes on from the last.
 At `small`: SmolLM2, built-in made data by default, and in place of people the two preference
 models compare, so what the rounds could add is not in it. `scale=paper` waits for people's labels
-in files (docs/rewards.md).
+in files (docs/rewards.md); a language model compares with `--config.online.comparer.kind=judge
+--config.online.comparer.model=MODEL`.
 
 `scale=small` took 31 minutes on 2 cores, 7 of them beside an installation, and 9.2 GiB on 200 pairs
 each (`data.limit=200`, `data.max_length=192`, `held_out=40` of all three preference models) of
@@ -122,8 +123,8 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     online = make_online_config(
         reward_model=mixture, policy=policy, rounds=rounds, prompts=prompts, samples=2
     )
-    people = {"kind": "people"}
-    online.comparer = ConfigDict(
-        people if scale == "paper" else {"kind": "oracle", "reward": both.to_dict()}
-    )
+    online.seed = 1  # of other prompts and draws than ppo's
+    online.comparer = ConfigDict(online.comparer.to_dict() | {"reward": both.to_dict()})
+    if scale == "paper":
+        online.comparer.kind = "people"
     return make_stages_config(helpful=helpful, harmless=harmless, ppo=ppo, online=online)

@@ -5,8 +5,9 @@ pick the best of four, and retrain the reward model on all labels while the poli
 against it. Run it with
 
     launch/local.sh experiments/ziegler2019_sentiment.py
-    launch/local.sh experiments/ziegler2019_sentiment.py --config.comparer.kind=people \
-        --config.comparer.reward=
+    launch/local.sh experiments/ziegler2019_sentiment.py --config.comparer.kind=people
+    launch/local.sh experiments/ziegler2019_sentiment.py --config.comparer.kind=judge \
+        --config.comparer.model=MODEL
 
 As in the paper and its released code: best-of-4 loss, head N(0, 1/(d+1)), rewards normalised to
 mean 0 and standard deviation 1 on samples of the reference; completions of 24 tokens at temperature
@@ -98,7 +99,6 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     config = make_online_config(
         reward_model=reward, policy=policy, rounds=rounds, prompts=prompts, samples=4
     )
-    config.comparer = ConfigDict({"kind": "oracle", "reward": "vader"})
     if scale == "tiny":
         config.comparer.reward = "length"
     return config
