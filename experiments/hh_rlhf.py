@@ -28,9 +28,10 @@ Anthropic's harmless and another helpful set and their mixture (benchmarks/real_
 should take below 30. Of 40 held-out pairs the harmless model has 0.68 (0.53 to 0.83) right, the
 helpful one 0.50: 160 pairs do not teach it. PPO's mean score went from -1.2 to a mean of -0.4 over
 its last three iterations at 0.2 nats, and from -0.2 to 0.0 in the round (24 prompts an iteration;
-the standard error of one is 0.35). The round's model has 0.93 of its pairs right, since the other
-two made them. `scale=tiny` takes about a minute; `scale=paper` is the hub's data with a Llama 2 7B;
-not run.
+the standard error of one is 0.35). The round's model had 0.93 of its held-out pairs right, all of
+them the round's own, which the other two had made; now they are a share of all, and the round's
+policy no longer has ppo's seed and prompts. `scale=tiny` takes about a minute; `scale=paper` is the
+hub's data with a Llama 2 7B; not run.
 """
 
 from ml_collections import ConfigDict

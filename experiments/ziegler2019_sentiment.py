@@ -23,10 +23,10 @@ about sentiment. The report judges by VADER, not by what was learned of it.
 `scale=small` took 29.5 minutes on 2 cores and 9.6 GiB. VADER's mean on 20 held-out openings went
 from 0.15 +- 0.05 to 0.30 +- 0.07 in the first round (0.6 nats) and from 0.21 +- 0.07, other samples
 of the base, to 0.36 +- 0.10 in the second (1.9 nats); best of 4 of the base has 0.54 and 0.58. The
-learned reward went from -0.13 to 0.74 (seed 0). With 100 rankings a round at a learning rate of
-2e-5 instead of 350 at 1e-4 the reward model had learnt nothing, nor had the policy. `scale=tiny`
-takes under a minute. `scale=paper`: GPT-2 774M, 5,000 labels, a million episodes, passages from a
-file; not run.
+learned reward went from -0.13 to 0.74 (seed 0; the controller then started anew in the second
+round, which it no longer does). With 100 rankings a round at a learning rate of 2e-5 instead of 350
+at 1e-4 the reward model had learnt nothing, nor had the policy. `scale=tiny` takes under a minute.
+`scale=paper`: GPT-2 774M, 5,000 labels, a million episodes, passages from a file; not run.
 """
 
 from ml_collections import ConfigDict

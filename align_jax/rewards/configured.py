@@ -106,7 +106,7 @@ def _unloaded(kinds: Mapping[str, Callable]) -> dict[str, Callable]:
     """Builders with the same keys that make nothing of what takes a model."""
 
     def nothing(builder: Callable) -> Callable:
-        return functools.wraps(builder)(lambda context, **options: len)
+        return functools.wraps(builder)(lambda context, **options: None)
 
     return {name: nothing(b) if b in (_model, _judge) else b for name, b in kinds.items()}
 
