@@ -19,7 +19,8 @@ normalised to mean 0 and standard deviation 1 on the policy's samples first, so 
 what they say. The paper trains each round's policy from the start, here it goes on from the last.
 At `small`: SmolLM2, built-in made data by default, and in place of people the two preference
 models compare, so what the rounds could add is not in it. `scale=paper` waits for people's labels
-in files (docs/rewards.md).
+in files (docs/rewards.md); a language model compares with `--config.online.comparer.kind=judge
+--config.online.comparer.model=MODEL`.
 
 `scale=small` took 31 minutes on 2 cores, 7 of them beside an installation, and 9.2 GiB on 200 pairs
 each (`data.limit=200`, `data.max_length=192`, `held_out=40` of all three preference models) of
@@ -27,9 +28,10 @@ Anthropic's harmless and another helpful set and their mixture (benchmarks/real_
 should take below 30. Of 40 held-out pairs the harmless model has 0.68 (0.53 to 0.83) right, the
 helpful one 0.50: 160 pairs do not teach it. PPO's mean score went from -1.2 to a mean of -0.4 over
 its last three iterations at 0.2 nats, and from -0.2 to 0.0 in the round (24 prompts an iteration;
-the standard error of one is 0.35). The round's model has 0.93 of its pairs right, since the other
-two made them. `scale=tiny` takes about a minute; `scale=paper` is the hub's data with a Llama 2 7B;
-not run.
+the standard error of one is 0.35). The round's model had 0.93 of its held-out pairs right, all of
+them the round's own, which the other two had made; now they are a share of all, and the round's
+policy no longer has ppo's seed and prompts. `scale=tiny` takes about a minute; `scale=paper` is the
+hub's data with a Llama 2 7B; not run.
 """
 
 from ml_collections import ConfigDict
@@ -122,8 +124,8 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
     online = make_online_config(
         reward_model=mixture, policy=policy, rounds=rounds, prompts=prompts, samples=2
     )
-    people = {"kind": "people"}
-    online.comparer = ConfigDict(
-        people if scale == "paper" else {"kind": "oracle", "reward": both.to_dict()}
-    )
+    online.seed = 1  # of other prompts and draws than ppo's
+    online.comparer = ConfigDict(online.comparer.to_dict() | {"reward": both.to_dict()})
+    if scale == "paper":
+        online.comparer.kind = "people"
     return make_stages_config(helpful=helpful, harmless=harmless, ppo=ppo, online=online)

@@ -68,6 +68,15 @@ def test_tiny_runs_to_its_end(name, tmp_path, compiled_once, quick_compilation):
         online = workdir / "online/round_0"
         first = json.loads((online / "policy/metrics.jsonl").read_text().splitlines()[0])
         assert first["objective/kl"] != 0.0
+        # Of other prompts than the stage before.
+        asked = [
+            [json.loads(line)["prompt_id"] for line in file.read_text().splitlines()]
+            for file in (
+                workdir / "ppo/samples/iteration_000000.jsonl",
+                online / "policy/samples/iteration_000000.jsonl",
+            )
+        ]
+        assert asked[0] != asked[1]
         learnt = (online / "all_comparisons.jsonl").read_text().splitlines()
         made = (online / "samples/comparisons.jsonl").read_text().splitlines()
         assert len(learnt) > len(made)

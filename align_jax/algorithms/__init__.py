@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from align_jax.data.formats import DataError
 from align_jax.data.sources import load_records
+from align_jax.rewards.base import RewardError
 from align_jax.training.errors import RunError
 
 # What a run reads: a source, the kind of its records, and the `data` config it is read by.
@@ -50,5 +51,5 @@ def errors_in(name: str) -> Iterator[None]:
     """Says of an error that it is in `config.NAME`, a run of several in one config."""
     try:
         yield
-    except (RunError, DataError) as error:
+    except (RunError, DataError, RewardError) as error:
         raise RunError(f"in config.{name}: {error}") from error

@@ -9,8 +9,10 @@ samples all along; Bai et al. 2022 (arXiv:2204.05862, section 4.5) and Touvron e
    (the run then stops and says which file it waits for; the same command goes on),
 3. fits a reward model, from its base, to the comparisons of all rounds so far, and to those of
    `config.reward_model.data.source`, if there were any (kind `preference`) before the first round,
-4. continues the policy against it, with a new optimizer and critic. The reference of the KL stays
-   `config.policy.model`; the first round's policy is `config.policy.init`, "" for the reference.
+4. continues the policy against it, with a new optimizer and critic: the schedule of the learning
+   rate starts anew each round, the controller of the KL (`policy.kl.target`) goes on from the
+   coefficient it had. The reference of the KL stays `config.policy.model`; the first round's policy
+   is `config.policy.init`, "" for the reference.
 
     WORKDIR/round_0/samples/    sample.jsonl, comparisons.jsonl
     WORKDIR/round_0/labels/     pairs.jsonl, labels.jsonl: with people only
@@ -18,7 +20,9 @@ samples all along; Bai et al. 2022 (arXiv:2204.05862, section 4.5) and Touvron e
     WORKDIR/round_0/policy/     a run of `policy_gradient`
 
 Whatever was interrupted goes on where it was. `comparer` decides pairs; the records the reward
-model learns from are rankings by the number of comparisons won, ties shared.
+model learns from are rankings by the number of comparisons won, ties shared, in an order drawn for
+each round: what `reward_model.held_out` keeps is a fair share of all rounds. The seeds of a round's
+two runs come from `config.seed`.
 """
 
 import itertools
@@ -42,11 +46,15 @@ from align_jax.data.pipeline import permutation
 from align_jax.data.sources import load_records
 from align_jax.evaluation.policies import draw_samples
 from align_jax.rewards.base import Comparer, checked_probabilities
-from align_jax.rewards.configured import make_comparer
+from align_jax.rewards.configured import check_comparer, make_comparer
 from align_jax.training import pretrained
+from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.errors import RunError
 from align_jax.training.phases import Phases
 from align_jax.training.workdir import Workdir, write_file
+
+# Fields that every comparer's config has, for the command line to change, and whose they are.
+_KIND_OF_FIELD = {"reward": "oracle", "model": "judge"}
 
 
 def make_online_config(
@@ -61,7 +69,8 @@ def make_online_config(
             "rounds": rounds,
             "prompts": prompts,  # of a round
             "samples": samples,  # of each prompt, all compared with each other
-            # See docs/rewards.md; `reward` is for the kind `oracle`, `model` for `judge`.
+            # See docs/rewards.md; `reward` is read by the kind `oracle` only, `model` by `judge`;
+            # other keys in a config file.
             "comparer": {"kind": "oracle", "reward": "vader", "model": ""},
             "reward_model": reward_model,
             "policy": policy,
@@ -74,15 +83,15 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     check(config)
     read_sources(sources(config))
     # A comparer that cannot be made stops the run before anything is sampled for it.
-    make_comparer(config.comparer, directory=workdir.path, mesh=pretrained.open_mesh(config.policy))
+    _comparer(config, workdir.path)
     summaries: dict[str, Any] = {}
     for number in range(config.rounds):
-        folder = workdir.path.resolve() / f"round_{number}"
+        folder = workdir.directory(f"round_{number}")
         folder.mkdir(exist_ok=True)
         phases = Phases(folder)
         before = config.policy.init
         if number:
-            before = str(folder.parent / f"round_{number - 1}" / "policy")
+            before = str(workdir.directory(f"round_{number - 1}/policy"))
         phases.run("sample", lambda: _sample(config, before, number))  # noqa: B023
         phases.run("comparisons", lambda: _compare(config, phases.read("sample"), folder))  # noqa: B023
         reward = _reward_config(config, folder.parent, number)
@@ -91,7 +100,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             ("reward", reward_model, reward),
             ("policy", policy_gradient, policy),
         ):
-            stage_workdir = Workdir(folder / name, stage)
+            stage_workdir = workdir.part(f"round_{number}/{name}", stage)
             if stage_workdir.finished() is None:
                 print(f"Round {number}, {name}: {stage_workdir.path}")
                 stage_workdir.finish(algorithm.run(stage, stage_workdir))
@@ -137,9 +146,31 @@ def check(config: ConfigDict) -> None:
             f"config.result is {config.result!r}; with config.rounds = {config.rounds} it is "
             f"round_{config.rounds - 1}/policy."
         )
+    check_comparer(_comparer_config(config))
     for name, algorithm in (("reward_model", reward_model), ("policy", policy_gradient)):
+        if config[name].seed != 0:
+            raise RunError(
+                f"config.{name}.seed is {config[name].seed}, but each round's seeds come from "
+                "config.seed: set that one, and leave this 0."
+            )
         with errors_in(name):
             algorithm.check(config[name])
+
+
+def _comparer_config(config: ConfigDict) -> dict[str, Any]:
+    """The comparer's config without what is there for other kinds."""
+    comparer = config.comparer.to_dict()
+    kind = comparer.get("kind")
+    return {k: x for k, x in comparer.items() if _KIND_OF_FIELD.get(k, kind) == kind}
+
+
+def _comparer(config: ConfigDict, directory: Path) -> Comparer:
+    return make_comparer(
+        _comparer_config(config),
+        directory=directory,
+        tokenizer=pretrained.load_pretrained_tokenizer(config.policy.model),
+        mesh=pretrained.open_mesh(config.policy),
+    )
 
 
 def _sample(config: ConfigDict, before: str, number: int) -> list[dict[str, Any]]:
@@ -179,24 +210,25 @@ def _compare(
     config: ConfigDict, samples: list[dict[str, Any]], folder: Path
 ) -> list[dict[str, Any]]:
     """A ranking of each prompt's completions."""
-    comparer: Comparer = make_comparer(
-        config.comparer, directory=folder / "labels", mesh=pretrained.open_mesh(config.policy)
-    )
     groups = [samples[i : i + config.samples] for i in range(0, len(samples), config.samples)]
-    pairs = list(itertools.combinations(range(config.samples), 2))
-    asked = [(group, i, j) for group in groups for i, j in pairs]
-    probabilities = checked_probabilities(
-        comparer,
-        [group[0]["record"] for group, _, _ in asked],
-        [group[i]["text"] for group, i, _ in asked],
-        [group[j]["text"] for group, _, j in asked],
-    ).reshape(len(groups), len(pairs))
+    # Texts that are equal are as good as each other: nobody is asked, and each is asked about once.
+    texts = [list(dict.fromkeys(one["text"] for one in group)) for group in groups]
+    asked = [
+        (group[0]["record"], *pair)
+        for group, own in zip(groups, texts)
+        for pair in itertools.combinations(own, 2)
+    ]
+    comparer = _comparer(config, folder / "labels")
+    answers = iter(checked_probabilities(comparer, *zip(*asked)) if asked else ())
     records = []
-    for group, row in zip(groups, probabilities):
-        wins = np.zeros(config.samples)
-        for (i, j), p in zip(pairs, row):
-            wins[i] += p
-            wins[j] += 1 - p
+    for group, own in zip(groups, texts):
+        better = np.full((len(own), len(own)), 0.5)
+        for i, j in itertools.combinations(range(len(own)), 2):
+            better[i, j] = next(answers)
+            better[j, i] = 1 - better[i, j]
+        places = [own.index(one["text"]) for one in group]
+        # Against itself 0.5 too, which changes no rank; equal texts add up the same numbers.
+        wins = better[:, places].sum(1)[places]
         records.append(
             {
                 "prompt": group[0]["prompt"],
@@ -231,12 +263,26 @@ def _reward_config(config: ConfigDict, folder: Path, number: int) -> ConfigDict:
             "look at config.comparer, or raise config.samples."
         )
     file = folder / f"round_{number}" / "all_comparisons.jsonl"
+    records = _shuffled(records, config.seed + 2**35, number)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     if jax.process_index() == 0 and not file.exists():
         write_file(file, lines.encode("utf-8"))
     settings = ConfigDict(config.reward_model.to_dict())
+    settings.seed = _seed(config, number, part=0)
     settings.data.update(source=str(file), limit=0)
     return settings
+
+
+def _shuffled(records: list[dict[str, Any]], *key: int) -> list[dict[str, Any]]:
+    """In a fixed random order of prompts: the last ones, which may be held out, are of all kinds.
+
+    The records of one prompt stay together, so that few prompts are on both sides.
+    """
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_prompt.setdefault(json.dumps(record["prompt"]), []).append(record)
+    groups = list(by_prompt.values())
+    return [record for place in permutation(len(groups), *key) for record in groups[place]]
 
 
 def _earlier_comparisons(config: ConfigDict) -> list[dict[str, Any]]:
@@ -260,9 +306,23 @@ def _earlier_comparisons(config: ConfigDict) -> list[dict[str, Any]]:
 def _policy_config(config: ConfigDict, folder: Path, before: str, number: int) -> ConfigDict:
     """This round's policy: from the last round's, against this round's reward model."""
     settings = ConfigDict(config.policy.to_dict())
-    settings.update(
-        reward=ConfigDict({"kind": "model", "path": str(folder / "reward")}),
-        init=before,
-        seed=config.seed * config.rounds + number,
-    )
+    # Assigned, since an update would keep what else the config's own reward has.
+    settings.reward = ConfigDict({"kind": "model", "path": str(folder / "reward")})
+    settings.update(init=before, seed=_seed(config, number, part=1))
+    if number and config.policy.kl.target > 0:
+        settings.kl.coefficient = _last_kl_coefficient(Path(before))
     return settings
+
+
+def _last_kl_coefficient(policy: Path) -> float:
+    """Where the controller of a finished policy run stood, its last update included."""
+    checkpointer = Checkpointer(policy / "checkpoints")
+    try:
+        return checkpointer.restore_data()["kl_coefficient"]
+    finally:
+        checkpointer.close()
+
+
+def _seed(config: ConfigDict, number: int, *, part: int) -> int:
+    """One of its own for each round's reward model (part 0) and policy (part 1)."""
+    return 2 * (config.seed * config.rounds + number) + part

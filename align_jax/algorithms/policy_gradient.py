@@ -55,7 +55,7 @@ from align_jax.models.locate import locate
 from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import check_records, checked_scores
-from align_jax.rewards.configured import make_reward
+from align_jax.rewards.configured import check_reward, make_reward
 from align_jax.training import offline, online, pretrained
 from align_jax.training.errors import RunError
 from align_jax.training.online import default_sampling_config
@@ -197,6 +197,9 @@ def check(config: ConfigDict) -> None:
             f"config.ptx.batch_size = {config.ptx.batch_size} is no multiple of "
             f"config.data.accumulation = {config.data.accumulation}."
         )
+    check_reward(config.reward)
+    if config.evaluation.reward:
+        check_reward(config.evaluation.reward, key="config.evaluation.reward")
     make_schedule(config.optimizer, 1)
 
 

@@ -33,7 +33,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     summaries = {}
     for name in config.order:
         stage = ConfigDict(_resolved(config[name].to_dict(), workdir))
-        folder = Workdir(workdir.path / name, stage)
+        folder = workdir.part(name, stage)
         if folder.finished() is None:
             print(f"Stage {name}: {folder.path}")
             folder.finish(algorithm_of(stage).run(stage, folder))
@@ -100,5 +100,5 @@ def _resolved(value: Any, workdir: Workdir) -> Any:
     if isinstance(value, dict):
         return {name: _resolved(one, workdir) for name, one in value.items()}
     if isinstance(value, str) and value.startswith(PREFIX):
-        return str(workdir.path.resolve() / value.removeprefix(PREFIX))
+        return str(workdir.directory(value.removeprefix(PREFIX)))
     return value

@@ -10,6 +10,7 @@ in it is a callable.
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -42,9 +43,10 @@ class _Context(NamedTuple):
     tokenizer: Any = None
     mesh: Mesh | None = None
     directory: str | os.PathLike | None = None
+    rewards: Mapping[str, Callable] | None = None  # instead of `REWARDS`
 
     def reward(self, config: Any, key: str) -> Reward:
-        return _build(config, REWARDS, self._replace(key=f"{self.key}.{key}"))
+        return _build(config, self.rewards or REWARDS, self._replace(key=f"{self.key}.{key}"))
 
 
 def make_reward(
@@ -83,6 +85,30 @@ def make_comparer(
     Raises: as `make_reward`.
     """
     return _build(config, COMPARERS, _Context(key, tokenizer, mesh, directory))
+
+
+def check_reward(config: Any, *, key: str = "config.reward") -> None:
+    """Raises what `make_reward` would of the config alone: no model is loaded or looked for."""
+    _build(config, _unloaded(REWARDS), _checking(key))
+
+
+def check_comparer(config: Any, *, key: str = "config.comparer") -> None:
+    """Raises what `make_comparer` would of the config alone: no model is loaded or looked for."""
+    _build(config, _unloaded(COMPARERS), _checking(key))
+
+
+def _checking(key: str) -> _Context:
+    # Of tokenizer and directory builders only ask whether there is one, and there will be.
+    return _Context(key, tokenizer=object(), directory=".", rewards=_unloaded(REWARDS))
+
+
+def _unloaded(kinds: Mapping[str, Callable]) -> dict[str, Callable]:
+    """Builders with the same keys that make nothing of what takes a model."""
+
+    def nothing(builder: Callable) -> Callable:
+        return functools.wraps(builder)(lambda context, **options: None)
+
+    return {name: nothing(b) if b in (_model, _judge) else b for name, b in kinds.items()}
 
 
 def _model(context: _Context, *, path: str, compute_dtype: str | None = None) -> Reward:

@@ -1,7 +1,8 @@
 """Who compares two completions: a language model, or an oracle made of a reward.
 
 Comparers, `(records, first, second) -> [N]` float32 probabilities that the first is better; people
-are in `people.py`. Swapping first and second gives one minus the answer, exactly.
+are in `people.py`. Swapping first and second gives one minus the answer: the oracle's to the bit,
+the language model's to float32's rounding.
 """
 
 import contextlib

@@ -168,6 +168,10 @@ class Checkpointer:
         """The newest checkpoint's model alone, as `restore`."""
         return self._restore(self.latest_step(), {"model": model})[0]["model"]
 
+    def restore_data(self) -> dict[str, Any]:
+        """The newest checkpoint's JSON object alone."""
+        return self._restore(self.latest_step(), {})[1]
+
     def _restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The items, and the JSON object that was saved with them."""
         with self._naming_damage(step):

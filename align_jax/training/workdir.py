@@ -1,4 +1,9 @@
-"""A run's directory: whose it is, whether it is finished, and files that are whole or not there."""
+"""A run's directory: whose it is, whether it is finished, and files that are whole or not there.
+
+A run made of runs can be moved or copied as a whole: where the config of a part names what lies in
+the same experiment, `config.json` has it relative to the part's directory, as "workdir:../sft".
+Configs in memory have absolute paths; only `Workdir` and `read_config` know of the other form.
+"""
 
 import json
 import os
@@ -9,6 +14,8 @@ import jax
 from ml_collections import ConfigDict
 
 from align_jax.training.errors import RunError
+
+_INSIDE = "workdir:"
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -32,18 +39,26 @@ def _plain(value: Any) -> Any:
 
 
 class Workdir:
-    """The directory of one experiment.
+    """The directory of one experiment, or of a run that is a part of one.
 
     Args:
       path: made if missing.
       config: the experiment; kept in `config.json`.
+      root: the directory of the experiment that this is a part of; see `part`.
 
     Raises:
       RunError: the directory holds another experiment, or something that is no run at all.
     """
 
-    def __init__(self, path: str | os.PathLike, config: ConfigDict):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        config: ConfigDict,
+        *,
+        root: str | os.PathLike | None = None,
+    ):
         self.path = Path(path)
+        self._root = _absolute(path if root is None else root)
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"--workdir={self.path} is a file; give a directory.")
         wanted = json.loads(json.dumps(config.to_dict(), default=_plain))
@@ -53,11 +68,20 @@ class Workdir:
         except OSError as error:
             raise RunError(f"--workdir={self.path} cannot be used: {error.strerror}.") from error
 
+    def part(self, name: str, config: ConfigDict) -> "Workdir":
+        """The directory NAME of a run that this one is made of; they are moved together."""
+        return Workdir(self.directory(name), config, root=self._root)
+
+    def directory(self, name: str) -> Path:
+        """The absolute path of NAME in this directory, for the config of a part."""
+        return _absolute(self.path) / name
+
     def _claim(self, wanted: dict[str, Any]) -> None:
         file = self.path / "config.json"
         started = _has_begun(self.path)
         found = read_config(self.path) if file.exists() else None
-        different = _differences(found or {}, wanted)
+        stored = _relative(wanted, _absolute(self.path), self._root)
+        different = _differences(found or {}, _resolved(stored, _absolute(self.path)))
         if found is not None:
             # A stage that is still to begin may be corrected when those before it are paid for.
             waiting = [name for name in found.get("order", ()) if not _has_begun(self.path / name)]
@@ -75,7 +99,7 @@ class Workdir:
                 "empty or a new directory."
             )
         if different and jax.process_index() == 0:
-            write_json(file, wanted)
+            write_json(file, stored)
 
     def finished(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None."""
@@ -103,11 +127,38 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """The config of the run in a directory; `RunError` if there is none or it is damaged."""
     file = Path(path) / "config.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return _resolved(json.loads(file.read_text(encoding="utf-8")), _absolute(path))
     except FileNotFoundError as error:
         raise RunError(f"{path} is not the workdir of a run: it has no config.json.") from error
     except ValueError as error:
         raise RunError(f"{file} is damaged: {error}.") from error
+
+
+def _absolute(path: str | os.PathLike) -> Path:
+    # Not `resolve`: a part that is a link to another disk still lies in its experiment.
+    return Path(os.path.abspath(path))
+
+
+def _relative(value: Any, folder: Path, root: Path) -> Any:
+    """A config with its absolute paths in `root` as seen from `folder`."""
+    if isinstance(value, dict):
+        return {name: _relative(one, folder, root) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_relative(one, folder, root) for one in value]
+    if isinstance(value, str) and os.path.isabs(value) and Path(value).is_relative_to(root):
+        return _INSIDE + Path(os.path.relpath(value, folder)).as_posix()
+    return value
+
+
+def _resolved(value: Any, folder: Path) -> Any:
+    """The inverse of `_relative`, wherever the experiment lies now."""
+    if isinstance(value, dict):
+        return {name: _resolved(one, folder) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_resolved(one, folder) for one in value]
+    if isinstance(value, str) and value.startswith(_INSIDE):
+        return str(_absolute(folder / value.removeprefix(_INSIDE)))
+    return value
 
 
 def _differences(found: dict, wanted: dict, prefix: str = "config.") -> list[str]:

@@ -1,6 +1,7 @@
 """Experiments of several stages: what they hand on, in which order, and not twice."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import pytest
 from align_jax import main
 from align_jax.algorithms import policy_gradient, reward_model, sft, stages
 from align_jax.models.interchange import load_reward_model
-from align_jax.training import pretrained
+from align_jax.training import metrics, pretrained
 from align_jax.training.checkpoint import flatten
 from align_jax.training.errors import RunError
-from align_jax.training.workdir import Workdir
+from align_jax.training.loop import Interrupted
+from align_jax.training.workdir import Workdir, read_config
 
 
 def test_the_stages_build_on_each_other_and_are_not_run_again(
@@ -70,6 +72,44 @@ def test_the_stages_build_on_each_other_and_are_not_run_again(
         np.testing.assert_array_equal(exported[name], result[name], err_msg=name)
 
 
+def test_stages_can_be_moved(tiny_config, tmp_path, monkeypatch, capsys):
+    short = {"num_steps": 2, "checkpoint_every": 1, "data.limit": 8}
+    one = tiny_config("sft", short)
+    two = tiny_config("sft", short | {"model": "stage:one", "lora.rank": 2})
+    config = stages.make_stages_config(one=one, two=two)
+    write = metrics.MetricWriter.write
+    with monkeypatch.context() as patch:
+
+        def stop(self, step, values):
+            write(self, step, values)
+            if "two" in self._file.name:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(metrics.MetricWriter, "write", stop)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(Interrupted):
+            stages.run(config, Workdir("a", config))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert read_config(tmp_path / "b/two")["model"] == str(tmp_path / "b/one")
+    began = (tmp_path / "b/one/metrics.jsonl").read_text()
+    first_row = (tmp_path / "b/two/metrics.jsonl").read_text()
+    stages.run(config, Workdir(tmp_path / "b", config))
+    assert (tmp_path / "b/one/metrics.jsonl").read_text() == began
+    assert (tmp_path / "b/two/metrics.jsonl").read_text().startswith(first_row)
+    # Nothing is run again, and what is there is read from where it now lies.
+    mesh = pretrained.open_mesh(one)
+    before = flatten(pretrained.load_pretrained(one, tmp_path / "b", mesh))
+    (tmp_path / "b").rename(tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "run", pytest.fail)
+        stages.run(config, Workdir("c", config))
+    assert main.main(["export", "--workdir=c", "--to=out"]) == 0
+    for path in ("c", "out"):
+        after = flatten(pretrained.load_pretrained(one, path, mesh))
+        for name in before:
+            np.testing.assert_array_equal(after[name], before[name], err_msg=f"{path}: {name}")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -81,6 +121,9 @@ def test_the_stages_build_on_each_other_and_are_not_run_again(
         (lambda c: c.ppo.sampling.update(prompts=7), "in config.ppo: config.sampling.prompts = 7"),
         (lambda c: c.ppo.ptx.update(source="/nowhere.jsonl"), "in config.ppo: .*nowhere.jsonl"),
         (lambda c: c.ppo.optimizer.update(schedule="steep"), "in config.ppo: .*schedule"),
+        (lambda c: c.ppo.reward.update(kind="modle"), "in config.ppo: config.reward: .*no kind"),
+        (lambda c: c.ppo.reward.update(path=""), "in config.ppo: config.reward .*needs .*'path'"),
+        (lambda c: c.ppo.evaluation.update(reward="lenght"), "config.evaluation.reward: .*no kind"),
         (lambda c: c.reward.normalization.update(kind="z"), "in config.reward: .*normalization"),
         (lambda c: c.reward.data.update(source="builtin:tiny_sft"), "in config.reward: .*ranked"),
     ],
@@ -92,4 +135,13 @@ def test_a_wrong_order_is_refused_before_the_first_stage(
     config = tiny_config("instructgpt", {})
     change(config)
     with pytest.raises(RunError, match=message):
+        stages.run(config, Workdir(tmp_path / "run", config))
+
+
+def test_a_wrong_comparer_of_a_later_stage_is_refused_before_the_first(
+    tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reward_model, "run", pytest.fail)
+    config = tiny_config("hh_rlhf", {"online.comparer.kind": "poeple"})
+    with pytest.raises(RunError, match="in config.online: config.comparer: there is no kind"):
         stages.run(config, Workdir(tmp_path / "run", config))

@@ -8,7 +8,12 @@ from align_jax.models.families import ModelError
 from align_jax.models.interchange import load_tokenizer
 from align_jax.rewards import model, rules
 from align_jax.rewards.base import RewardError, checked_probabilities, checked_scores
-from align_jax.rewards.configured import make_comparer, make_reward
+from align_jax.rewards.configured import (
+    check_comparer,
+    check_reward,
+    make_comparer,
+    make_reward,
+)
 from align_jax.rewards.people import PeopleJudge, WaitingForLabels
 
 RECORDS = [{"prompt": "p", "answer": 42}] * 3
@@ -208,3 +213,42 @@ def test_a_language_model_as_judge_by_its_path(quick_compilation):
 def test_a_wrong_comparer_names_its_key(config, message):
     with pytest.raises(RewardError, match=message):
         make_comparer(config)
+
+
+MODEL = {"kind": "model", "path": "stage:reward"}
+
+
+def mixture(reward):
+    return {"kind": "mixture", "components": {"a": {"weight": 1.0, "reward": reward}}}
+
+
+def test_a_check_loads_no_model(monkeypatch):
+    monkeypatch.setattr(model.RewardModel, "load", lambda *_, **__: pytest.fail("loaded"))
+    for reward in (MODEL, mixture(MODEL), {"kind": "length_target", "target": 2}):
+        check_reward(reward)
+        check_comparer({"kind": "oracle", "reward": reward})
+    check_reward({"kind": "safety_gated", "safety": MODEL, "helpfulness": mixture(MODEL)})
+    check_comparer(ConfigDict({"kind": "judge", "model": "/nowhere", "batch_size": 2}))
+    check_comparer("people")
+
+
+@pytest.mark.parametrize(
+    "check, config, message",
+    [
+        (check_reward, {"kind": "modle"}, "^config.reward: there is no kind 'modle'.*'model'"),
+        (check_reward, {"kind": "model"}, "^config.reward .*needs the key 'path'"),
+        (check_reward, MODEL | {"pth": "x"}, "^config.reward .*has no key 'pth'. .*'path'"),
+        (check_reward, mixture("vdaer"), "^config.reward.components.a.reward: there is no kind"),
+        (check_reward, {"kind": "regex", "pattern": "("}, "^config.reward.pattern: "),
+        (check_comparer, {"kind": "judge"}, "^config.comparer .*needs the key 'model'"),
+        (check_comparer, {"kind": "judge", "model": "m", "options_": ()}, "has no key 'options_'"),
+        (check_comparer, {"kind": "oracle", "reward": "lenght"}, "^config.comparer.reward: "),
+        (check_comparer, {"kind": "people", "reward": "length"}, "has no key 'reward'"),
+    ],
+)
+def test_a_check_refuses_what_making_it_would(check, config, message):
+    with pytest.raises(RewardError, match=message):
+        check(config)
+    make = make_reward if check is check_reward else make_comparer
+    with pytest.raises(RewardError, match=message):
+        make(config, directory=".") if make is make_comparer else make(config)

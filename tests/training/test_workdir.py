@@ -131,3 +131,60 @@ def test_files_are_as_readable_as_any(tmp_path):
     write_file(tmp_path / "x", b"1")
     (tmp_path / "y").write_bytes(b"1")
     assert os.stat(tmp_path / "x").st_mode == os.stat(tmp_path / "y").st_mode
+
+
+def on_disk(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_part_names_what_lies_in_its_experiment_relative_to_itself(tmp_path, config):
+    outer = Workdir(tmp_path / "a", config)
+    (tmp_path / "aa").mkdir()
+    paths = {
+        "model": str(tmp_path / "a/sft"),
+        "data": {"sources": [str(tmp_path / "a/round_0/x y.jsonl"), "builtin:tiny_sft"]},
+        "outside": str(tmp_path / "aa"),
+        "given": "a/sft",
+    }
+    wanted = ConfigDict(config.to_dict() | paths)
+    part = outer.part("round_0", config).part("policy", wanted)
+    assert part.path == tmp_path / "a/round_0/policy"
+    stored = on_disk(part.path)
+    assert stored["model"] == "workdir:../../sft"
+    assert stored["data"]["sources"] == ["workdir:../x y.jsonl", "builtin:tiny_sft"]
+    assert stored["outside"] == str(tmp_path / "aa") and stored["given"] == "a/sft"
+    assert read_config(part.path) == json.loads(json.dumps(wanted.to_dict()))
+    (part.path / "metrics.jsonl").write_text("")
+
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = tmp_path / "b/round_0/policy"
+    read = read_config(moved)
+    assert read["model"] == str(tmp_path / "b/sft") and read["outside"] == str(tmp_path / "aa")
+    # As the run goes on, and as a command that knows the part alone; neither writes it anew.
+    wanted.update(model=read["model"], data=ConfigDict(read["data"]))
+    Workdir(tmp_path / "b", config).part("round_0/policy", wanted)
+    Workdir(moved, ConfigDict(read))
+    assert on_disk(moved) == stored
+    wanted.model = str(tmp_path / "a/sft")
+    with pytest.raises(RunError, match=f"config.model is '{tmp_path}/b/sft' there and '{tmp_path}"):
+        Workdir(tmp_path / "b", config).part("round_0/policy", wanted)
+
+
+def test_a_part_may_be_a_link_to_another_disk_and_names_may_end_in_a_slash(tmp_path, config):
+    outer = Workdir(tmp_path / "a", config)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a/ppo").symlink_to(tmp_path / "disk")
+    wanted = ConfigDict(config.to_dict() | {"model": f"{tmp_path}/a/sft/"})
+    for _ in range(2):
+        part = outer.part("ppo", wanted)
+        (part.path / "metrics.jsonl").write_text("")
+        assert read_config(part.path)["model"] == str(tmp_path / "a/sft")
+
+
+def test_the_config_of_before_paths_were_relative_is_still_read(tmp_path, config):
+    outer, part = Workdir(tmp_path / "a", config), tmp_path / "a/ppo"
+    part.mkdir()
+    wanted = ConfigDict(config.to_dict() | {"model": str(tmp_path / "a/sft")})
+    (part / "config.json").write_text(json.dumps(wanted.to_dict()))
+    (part / "metrics.jsonl").write_text("")
+    assert outer.part("ppo", wanted).path == part
