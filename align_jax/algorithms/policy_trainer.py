@@ -97,7 +97,7 @@ class Trainer:
         updates = config.num_iterations * config.epochs * config.minibatches
         optimizer = make_optimizer(config.optimizer, updates)
         shapes = jax.eval_shape(lambda a: (a, optimizer.init(a)), partition(agent)[0])
-        require_space(self.directory, shapes, copies=2)
+        require_space(self.directory, shapes)
         state = init_state(agent, optimizer, self.mesh)
         del agent
         self.step = make_train_step(
