@@ -197,8 +197,10 @@ def make_loss(config: ConfigDict) -> LossFunction:
 
     `on_policy` is 1 in the first update of an iteration, where the old policy is the very one that
     is trained: its log-probabilities are then taken from the same forward pass, and every ratio is
-    exactly 1. With PPO-ptx there are the arrays of a batch of text as `ptx_*` too, and
-    `ptx_weights`.
+    exactly 1, whatever that pass computes. What could be wrong with it shows in `val/old_gap`, the
+    mean distance of its log-probabilities to the batch's `old_log_probs`.
+
+    With PPO-ptx there are the arrays of a batch of text as `ptx_*` too, and `ptx_weights`.
     """
     high = config.clip_range_high or None
     temperature = config.sampling.temperature
@@ -261,6 +263,7 @@ def make_loss(config: ConfigDict) -> LossFunction:
             "policy/clipfrac_avg": mean((clipped < 1 - config.clip_range) | (clipped > upper)),
             "policy/entropy_avg": mean(entropies),
             "val/ratio": mean(ratio),
+            "val/old_gap": mean(jnp.abs(stop_gradient(new) - batch["old_log_probs"])),
         }
         if config.kl.placement == "loss" and config.loss != "dpo":
             kl = pg.kl_estimate(new, batch["ref_log_probs"], estimator=config.kl.estimator)

@@ -175,6 +175,8 @@ class Trainer:
         gap = np.abs(values["old_log_probs"] - rollout.log_probs).max()
         metrics = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
         metrics |= {
+            # Before the first update nothing has moved yet, so the two passes must agree.
+            "val/old_gap": steps[0]["val/old_gap"],
             "objective/kl": mean_kl,
             "objective/entropy": float(-values["old_log_probs"].sum(1).mean()),
             "objective/scores": float(scores.mean()),
