@@ -299,6 +299,9 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     count = min(held_out.prompts, len(held_out_examples))
     held_out_examples = held_out_examples[:count]
 
+    # Standardised in a call, the scores of base and trained samples are no numbers to compare.
+    relative = getattr(reward, "relative", False)
+
     def draw(name: str, policy: Transformer, samples: int, fold: int) -> list[Sample]:
         prompts = [held_out_records[example.id] for example in held_out_examples]
         drawn = draw_samples(
@@ -313,7 +316,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             key=jax.random.fold_in(key, fold),
             description=name,
         )
-        if not held_out.reward:
+        if not held_out.reward or relative:
             return drawn
         repeated = [record for record in prompts for _ in range(samples)]
         trained_on = checked_scores(reward, repeated, [sample["text"] for sample in drawn])
@@ -338,7 +341,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     trained_samples = phases.run("sample_trained", sample_trained)
     summary = summarise(base_samples, trained_samples, held_out)
     summary |= {"train": rows[0], "seconds": phases.seconds, "seed": config.seed}
-    if held_out.reward:
+    if held_out.reward and not relative:
         # Beside the reward of the report: whether what was trained on is what was wanted.
         summary["training_reward"] = {
             name: float(np.mean([sample["training_score"] for sample in samples]))

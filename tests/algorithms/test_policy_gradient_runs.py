@@ -127,6 +127,19 @@ def test_held_out_samples_may_be_judged_by_another_reward(tiny_config, tmp_path)
         assert summary["training_reward"][name] == pytest.approx(lengths.mean())
 
 
+def test_a_training_reward_relative_to_its_batch_is_left_out(tiny_config, tmp_path):
+    """Standardised in two calls, both means would be 0 whatever training has done."""
+    settings = {"num_iterations": 1, "epochs": 1, "evaluation.reward": "vader"}
+    config = tiny_config("ppo", settings)
+    parts = {"length": {"weight": 1.0, "reward": {"kind": "length"}}}
+    config.reward = ConfigDict({"kind": "mixture", "standardise": True, "components": parts})
+    summary = policy_gradient.run(config, Workdir(tmp_path / "run", config))
+    assert "training_reward" not in summary and "reward_mean" in summary["trained"]
+    for name in ("base", "trained"):
+        text = (tmp_path / f"run/samples/sample_{name}.jsonl").read_text()
+        assert "training_score" not in text
+
+
 def test_adapters_alone_are_trained_and_the_base_is_the_reference(tiny_config, tmp_path):
     config = tiny_config("ppo", {"num_iterations": 2, "epochs": 1, "lora.rank": 4})
     workdir = Workdir(tmp_path / "run", config)
