@@ -384,6 +384,7 @@ def _text_loader(config: ConfigDict, tokenizer: Any) -> Loader | None:
         return None
     data = _with(config.data, batch_size=config.ptx.batch_size, limit=0)
     examples = offline.load_examples(data, config.ptx.source, tokenizer, kind="sft")
+    offline.check_lengths(data, examples)
     return Loader(
         examples,
         batch_size=data.batch_size,

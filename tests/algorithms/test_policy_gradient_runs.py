@@ -34,7 +34,7 @@ from align_jax.training.workdir import Workdir
         ({"loss": "dpo", "sampling.samples": 2}, "config.loss=dpo has none; set config.critic=n"),
         (
             {"loss": "dpo", "sampling.samples": 2, "critic": "none", "kl.target": 6.0},
-            "config.kl.target needs",
+            "config.kl.target = 6.0 needs",
         ),
         (
             {"loss": "reinforce", "advantage": "moving_baseline", "critic": "none", "epochs": 2},
