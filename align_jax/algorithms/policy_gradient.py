@@ -37,12 +37,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from align_jax.algorithms import Source
+from align_jax.algorithms.policy_checks import check
+from align_jax.algorithms.policy_objective import critic_directory
 from align_jax.algorithms.policy_trainer import Trainer
 from align_jax.data.chat import Example, encode_records
 from align_jax.data.formats import Record
 from align_jax.data.sources import load_records
 from align_jax.evaluation.policies import (
-    DISTINCT_SAMPLES,
     Sample,
     draw_samples,
     summarise,
@@ -55,23 +56,12 @@ from align_jax.models.locate import locate
 from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import check_records, checked_scores
-from align_jax.rewards.configured import check_reward, make_reward
+from align_jax.rewards.configured import make_reward
 from align_jax.training import offline, online, pretrained
 from align_jax.training.errors import RunError
 from align_jax.training.online import default_sampling_config
-from align_jax.training.optimizer import make_schedule
 from align_jax.training.phases import Phases
 from align_jax.training.workdir import Workdir
-
-CHOICES = {
-    "loss": ("ppo", "reinforce", "gspo", "cispo", "dpo"),
-    "advantage": ("gae", "rloo", "grpo", "moving_baseline"),
-    "aggregation": ("dapo", "grpo", "dr_grpo", "sum"),
-    "critic": ("none", "separate", "shared"),
-    "missing_eos": ("ignore", "replace", "subtract"),
-    "kl.placement": ("reward", "loss"),
-    "kl.estimator": ("k1", "k2", "k3"),
-}
 
 
 def default_policy_gradient_config() -> ConfigDict:
@@ -104,14 +94,16 @@ def default_policy_gradient_config() -> ConfigDict:
             "clip_range": 0.2,
             "clip_range_high": 0.0,  # 0: clip_range
             "dual_clip": 0.0,  # 0: off
-            "max_approx_kl": 0.0,  # ends an iteration's updates; 0: never
+            # approxkl above which an iteration's updates end; 0: never. It is measured before an
+            # update that is applied all the same, and is 0 before the first: 2 are always made.
+            "max_approx_kl": 0.0,
             "importance_cap": 0.0,  # of trainer over sampler probabilities; 0: no correction
             "scale_rewards": True,  # GRPO's division by the group's standard deviation
             "dynamic_sampling": 0,  # times that groups of equal rewards are replaced
             "baseline_decay": 0.9,
             "entropy_coefficient": 0.0,
             "critic": "separate",
-            "critic_init": "",  # a reward model's directory; "": the policy, with a head of zeros
+            "critic_init": "",  # a reward model, or its run; "": the policy, with a head of zeros
             "value_coefficient": 0.1,
             "value_clip_range": 0.2,
             "discount": 1.0,
@@ -131,81 +123,6 @@ def default_policy_gradient_config() -> ConfigDict:
             },
         }
     )
-    return config
-
-
-def check(config: ConfigDict) -> None:
-    """Raises `RunError` for fields that say nothing we know or do not go together."""
-    for name, choices in CHOICES.items():
-        value = _field(config, name)
-        if value not in choices:
-            raise RunError(f"config.{name} is {value!r}; expected one of {', '.join(choices)}.")
-    sampling, least = config.sampling, {}
-    for name in ("num_iterations", "checkpoint_every", "epochs", "minibatches"):
-        least[name] = 1
-    for name in ("data.accumulation", "sampling.prompts", "sampling.max_new_tokens"):
-        least[name] = 1
-    least["sampling.samples"] = 2 if config.loss == "dpo" else 1
-    if config.loss != "dpo" and config.advantage in ("rloo", "grpo"):
-        least["sampling.samples"] = 2
-    if config.evaluation.source:
-        least["evaluation.base_samples"] = 4 * DISTINCT_SAMPLES
-        least["evaluation.trained_samples"] = DISTINCT_SAMPLES
-    for name, bound in least.items():
-        value = _field(config, name)
-        if value < bound:
-            raise RunError(f"config.{name} is {value}; expected at least {bound}.")
-    if sampling.temperature <= 0:
-        raise RunError(
-            f"config.sampling.temperature is {sampling.temperature}; a policy gradient needs "
-            "samples, so expected more than 0."
-        )
-    parts = config.minibatches * config.data.accumulation
-    if sampling.prompts % parts:
-        raise RunError(
-            f"config.sampling.prompts = {sampling.prompts} is no multiple of config.minibatches x "
-            f"config.data.accumulation = {parts}."
-        )
-    needs_critic = config.loss != "dpo" and config.advantage == "gae"
-    if needs_critic and config.critic == "none":
-        raise RunError(
-            "config.advantage=gae needs a critic: set config.critic to separate or shared."
-        )
-    if not needs_critic and config.critic != "none":
-        method = "config.loss=dpo" if config.loss == "dpo" else "this config.advantage"
-        raise RunError(
-            f"config.critic is {config.critic!r}, but {method} has none; set config.critic=none."
-        )
-    if config.kl.target > 0 and (config.kl.placement == "loss" or config.loss == "dpo"):
-        raise RunError(
-            "config.kl.target needs config.kl.placement=reward and another config.loss than dpo, "
-            "whose beta is fixed."
-        )
-    if config.loss == "reinforce" and config.epochs * config.minibatches > 1:
-        raise RunError(
-            f"config.epochs = {config.epochs} and config.minibatches = {config.minibatches}: "
-            "config.loss=reinforce does not correct for a policy that has moved on; set both to 1, "
-            "or config.loss=ppo."
-        )
-    if config.advantage == "moving_baseline" and sampling.prompts * sampling.samples < 2:
-        raise RunError(
-            "config.advantage=moving_baseline needs two completions in the first iteration: raise "
-            "config.sampling.prompts or config.sampling.samples."
-        )
-    if config.ptx.source and config.ptx.batch_size % config.data.accumulation:
-        raise RunError(
-            f"config.ptx.batch_size = {config.ptx.batch_size} is no multiple of "
-            f"config.data.accumulation = {config.data.accumulation}."
-        )
-    check_reward(config.reward)
-    if config.evaluation.reward:
-        check_reward(config.evaluation.reward, key="config.evaluation.reward")
-    make_schedule(config.optimizer, 1)
-
-
-def _field(config: ConfigDict, name: str) -> Any:
-    for part in name.split("."):
-        config = config[part]
     return config
 
 
@@ -275,12 +192,13 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             "samples before and after training cannot be compared by it: name another reward in "
             "config.evaluation.reward, or set config.evaluation.source='' for no such samples."
         )
-    for name in ("init", "critic_init"):
-        if config[name] and pretrained.run_at(config[name]) is None:
-            try:
-                locate(config[name], weights=True)
-            except ModelError as error:
-                raise RunError(f"config.{name}: {error}") from error
+    if config.init and pretrained.run_at(config.init) is None:
+        try:
+            locate(config.init, weights=True)
+        except ModelError as error:
+            raise RunError(f"config.init: {error}") from error
+    if config.critic_init:
+        critic_directory(config)
     phases = Phases(workdir.path)
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
     if held_out.source:
@@ -302,6 +220,9 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     count = min(held_out.prompts, len(held_out_examples))
     held_out_examples = held_out_examples[:count]
 
+    # Standardised in a call, the scores of base and trained samples are no numbers to compare.
+    relative = getattr(reward, "relative", False)
+
     def draw(name: str, policy: Transformer, samples: int, fold: int) -> list[Sample]:
         prompts = [held_out_records[example.id] for example in held_out_examples]
         drawn = draw_samples(
@@ -316,7 +237,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             key=jax.random.fold_in(key, fold),
             description=name,
         )
-        if not held_out.reward:
+        if not held_out.reward or relative:
             return drawn
         repeated = [record for record in prompts for _ in range(samples)]
         trained_on = checked_scores(reward, repeated, [sample["text"] for sample in drawn])
@@ -341,7 +262,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     trained_samples = phases.run("sample_trained", sample_trained)
     summary = summarise(base_samples, trained_samples, held_out)
     summary |= {"train": rows[0], "seconds": phases.seconds, "seed": config.seed}
-    if held_out.reward:
+    if held_out.reward and not relative:
         # Beside the reward of the report: whether what was trained on is what was wanted.
         summary["training_reward"] = {
             name: float(np.mean([sample["training_score"] for sample in samples]))

@@ -3,6 +3,7 @@
 The methods and the fields of the config are told in `policy_gradient.py`, which runs them.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,10 +15,14 @@ from ml_collections import ConfigDict
 
 from align_jax.losses import policy_gradient as pg
 from align_jax.losses.preference import dpo_loss
+from align_jax.models.families import ModelError
 from align_jax.models.frozen import combine, partition
 from align_jax.models.heads import ScalarHead, ScalarModel, without_unembedding
 from align_jax.models.interchange import load_reward_model
+from align_jax.models.locate import locate
 from align_jax.models.transformer import Transformer
+from align_jax.rewards.model import member_directories
+from align_jax.training import pretrained
 from align_jax.training.errors import RunError
 from align_jax.training.scoring import (
     by_response,
@@ -44,8 +49,7 @@ def new_agent(config: ConfigDict, model: Transformer, mesh: Mesh) -> Agent:
     shared.
 
     Raises:
-      RunError: the reward model of `critic_init` has another vocabulary.
-      ModelError: it cannot be read.
+      RunError: the reward model of `critic_init` cannot be read or has another vocabulary.
     """
     policy = _own(model)
     if config.critic == "none":
@@ -54,9 +58,11 @@ def new_agent(config: ConfigDict, model: Transformer, mesh: Mesh) -> Agent:
         return Agent(policy, ScalarHead(policy.config.hidden_size, key=None))
     if not config.critic_init:
         return Agent(policy, ScalarModel(without_unembedding(_own(model)), key=None))
-    critic, scale = load_reward_model(
-        config.critic_init, mesh=mesh, compute_dtype=config.compute_dtype, remat=config.remat
-    )
+    settings = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    try:
+        critic, scale = load_reward_model(critic_directory(config), mesh=mesh, **settings)
+    except ModelError as error:
+        raise RunError(f"config.critic_init = {config.critic_init}: {error}") from error
     if critic.config.vocab_size != policy.config.vocab_size:
         raise RunError(
             f"config.critic_init = {config.critic_init} has {critic.config.vocab_size} tokens, "
@@ -66,7 +72,27 @@ def new_agent(config: ConfigDict, model: Transformer, mesh: Mesh) -> Agent:
     head = critic.head
     head.head_kernel[...] = scale.gain * head.head_kernel[...]
     head.head_bias[...] = scale.gain * head.head_bias[...] + scale.bias
+    critic.transformer = pretrained.with_adapters(config, critic.transformer, mesh)
     return Agent(policy, critic)
+
+
+def critic_directory(config: ConfigDict) -> Path:
+    """Where the reward model of `critic_init` lies: there, or in what its run has written.
+
+    Raises:
+      RunError: an ensemble, a run without a finished reward model, or no model at all.
+    """
+    try:
+        folders = member_directories(config.critic_init)
+        if len(folders) > 1:
+            raise RunError(
+                f"config.critic_init = {config.critic_init} is an ensemble of {len(folders)} "
+                f"reward models, and a critic starts from one: name it, such as {folders[0]}."
+            )
+        locate(folders[0], weights=True)
+    except ModelError as error:
+        raise RunError(f"config.critic_init: {error}") from error
+    return folders[0]
 
 
 def _own(model: Transformer) -> Transformer:
@@ -197,8 +223,10 @@ def make_loss(config: ConfigDict) -> LossFunction:
 
     `on_policy` is 1 in the first update of an iteration, where the old policy is the very one that
     is trained: its log-probabilities are then taken from the same forward pass, and every ratio is
-    exactly 1. With PPO-ptx there are the arrays of a batch of text as `ptx_*` too, and
-    `ptx_weights`.
+    exactly 1, whatever that pass computes. What could be wrong with it shows in `val/old_gap`, the
+    mean distance of its log-probabilities to the batch's `old_log_probs`.
+
+    With PPO-ptx there are the arrays of a batch of text as `ptx_*` too, and `ptx_weights`.
     """
     high = config.clip_range_high or None
     temperature = config.sampling.temperature
@@ -261,6 +289,7 @@ def make_loss(config: ConfigDict) -> LossFunction:
             "policy/clipfrac_avg": mean((clipped < 1 - config.clip_range) | (clipped > upper)),
             "policy/entropy_avg": mean(entropies),
             "val/ratio": mean(ratio),
+            "val/old_gap": mean(jnp.abs(stop_gradient(new) - batch["old_log_probs"])),
         }
         if config.kl.placement == "loss" and config.loss != "dpo":
             kl = pg.kl_estimate(new, batch["ref_log_probs"], estimator=config.kl.estimator)

@@ -97,7 +97,7 @@ class Trainer:
         updates = config.num_iterations * config.epochs * config.minibatches
         optimizer = make_optimizer(config.optimizer, updates)
         shapes = jax.eval_shape(lambda a: (a, optimizer.init(a)), partition(agent)[0])
-        require_space(self.directory, shapes, copies=2)
+        require_space(self.directory, shapes)
         state = init_state(agent, optimizer, self.mesh)
         del agent
         self.step = make_train_step(
@@ -175,6 +175,8 @@ class Trainer:
         gap = np.abs(values["old_log_probs"] - rollout.log_probs).max()
         metrics = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
         metrics |= {
+            # Before the first update nothing has moved yet, so the two passes must agree.
+            "val/old_gap": steps[0]["val/old_gap"],
             "objective/kl": mean_kl,
             "objective/entropy": float(-values["old_log_probs"].sum(1).mean()),
             "objective/scores": float(scores.mean()),
@@ -382,6 +384,7 @@ def _text_loader(config: ConfigDict, tokenizer: Any) -> Loader | None:
         return None
     data = _with(config.data, batch_size=config.ptx.batch_size, limit=0)
     examples = offline.load_examples(data, config.ptx.source, tokenizer, kind="sft")
+    offline.check_lengths(data, examples)
     return Loader(
         examples,
         batch_size=data.batch_size,

@@ -68,14 +68,37 @@ def scores_and_components(
     """`checked_scores`, and what a combined reward is made of: `[N]` and {name: `[N]`}, float32.
 
     The second is empty for a reward without `components`. Each component is computed once.
+
+    Raises: as `checked_scores`; of a component with its name.
     """
     if not len(records) or getattr(reward, "components", None) is None:
         return checked_scores(reward, records, completions), {}
-    components = reward.components(records, completions)
-    texts = {"completion": completions}
-    combined = reward.combine(components, records)
-    scores = _validated(combined, records, texts, f"the reward {name_of(reward)}")
-    return scores, components
+    records, texts = _aligned(records, {"completion": completions})
+    column, label = texts["completion"], f"the reward {name_of(reward)}"
+    found = _called(
+        lambda rows: reward.components(records[rows], column[rows]),
+        records,
+        texts,
+        f"{label} (components)",
+    )
+    if not isinstance(found, Mapping) or not all(isinstance(k, str) and k for k in found):
+        raise RewardError(
+            f"{label} has components {_show(repr(found))}; expected a dict of "
+            f"{len(records)} numbers under each component's name."
+        )
+    components = {
+        name: _validated(values, records, texts, f"component {name!r} of {label}")
+        for name, values in found.items()
+    }
+    combined = _called(
+        lambda rows: reward.combine(
+            {name: values[rows] for name, values in components.items()}, records[rows]
+        ),
+        records,
+        texts,
+        f"{label} (combine)",
+    )
+    return _validated(combined, records, texts, label), components
 
 
 def check_records(reward: Reward, records: Records) -> None:
@@ -105,25 +128,45 @@ def text_of(prompt: str | Sequence[Mapping[str, str]]) -> str:
 def _checked(
     function: Callable, records: Records, texts: dict[str, Sequence[str]], label: str
 ) -> np.ndarray:
+    records, texts = _aligned(records, texts)
+    if not records:
+        return np.zeros(0, np.float32)
+    result = _called(
+        lambda rows: function(records[rows], *(column[rows] for column in texts.values())),
+        records,
+        texts,
+        label,
+    )
+    return _validated(result, records, texts, label)
+
+
+def _aligned(
+    records: Records, texts: dict[str, Sequence[str]]
+) -> tuple[list[Mapping[str, Any]], dict[str, list[str]]]:
+    """Both as lists; `ValueError` if they are not as long as each other."""
     records = list(records)
     texts = {field: list(column) for field, column in texts.items()}
     for field, column in texts.items():
         if len(column) != len(records):
             raise ValueError(f"{len(records)} records and {len(column)} texts in `{field}`.")
-    if not records:
-        return np.zeros(0, np.float32)
+    return records, texts
+
+
+def _called(
+    call: Callable[[slice], Any], records: list, texts: dict[str, list[str]], label: str
+) -> Any:
+    """`call` of all examples; an error that it raises names the example it raises for."""
     try:
-        result = function(records, *texts.values())
+        return call(slice(None))
     except _EXPLAINED:
         raise
     except Exception as error:
-        index, error = _first_to_fail(function, records, texts, error)
+        index, error = _first_to_fail(call, len(records), error)
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(
             f"{label} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno}) for "
             + _describe(index, records, texts)
         ) from error
-    return _validated(result, records, texts, label)
 
 
 def _validated(
@@ -141,14 +184,14 @@ def _validated(
 
 
 def _first_to_fail(
-    function: Callable, records: list, texts: dict[str, list], error: Exception
+    call: Callable[[slice], Any], count: int, error: Exception
 ) -> tuple[int, Exception]:
     """By halves: an example that fails, and how. If none does alone, the last half's first."""
-    low, high = 0, len(records)
+    low, high = 0, count
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            function(records[low:middle], *(column[low:middle] for column in texts.values()))
+            call(slice(low, middle))
         except Exception as found:
             high, error = middle, found
         else:

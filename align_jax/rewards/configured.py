@@ -14,6 +14,7 @@ import functools
 import importlib
 import inspect
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -220,7 +221,12 @@ def _build(config: Any, kinds: Mapping[str, Callable], context: _Context) -> Any
         )
     kind = config["kind"]
     options = {name: value for name, value in config.items() if name != "kind" and value != ""}
-    if ":" in kind and not options:
+    if ":" in kind:
+        if options:
+            empty = ", ".join(f"{key}.{name}=''" for name in options)
+            raise RewardError(
+                f"{key}.kind is {kind!r}, a Python callable, which takes no keys. Set {empty}."
+            )
         return _imported(kind, key)
     if kind not in kinds:
         raise RewardError(
@@ -264,6 +270,11 @@ def _near(name: str, known: Any) -> str:
 def _imported(spec: str, key: str) -> Any:
     """The callable `package.module:function`; it is code of the user's own choosing."""
     module_name, _, name = spec.partition(":")
+    # `python -m align_jax` finds modules of the directory it is started in, and the installed
+    # command `align-jax` has only its own directory there.
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

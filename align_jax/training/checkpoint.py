@@ -197,9 +197,11 @@ class Checkpointer:
         parts = {}
         for item, tree in items.items():
             if saved_on.get(item) != _frozen(tree):
+                # A critic that starts as the policy has the policy's parameters, which come first.
+                key = "config.critic_init" if item == "critic" else "config.model"
                 raise RunError(
                     f"the checkpoint of step {step} in {self.directory} was made on other frozen "
-                    "parameters than those given: the model that config.model names has changed "
+                    f"parameters than those given: the model that {key} names has changed "
                     "since. Put back the one the run began with, or use another --workdir."
                 )
             trained, frozen = partition(tree)
@@ -289,8 +291,14 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def require_space(directory: Path, state: Any, copies: int) -> None:
-    """Raises `RunError` if `copies` checkpoints of `state` will not fit on the disk."""
+def require_space(directory: Path, state: Any) -> None:
+    """Raises `RunError` if the checkpoints that a run in `directory` has to write will not fit.
+
+    While one is written the one before is still there: a run that starts needs room for two, one
+    that goes on has the first on the disk already.
+    """
+    saved = [file for file in directory.glob("checkpoints/*") if file.name.isdigit()]
+    copies = 1 if saved else 2
     needed = copies * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(directory).free
     if free < needed:

@@ -206,9 +206,7 @@ def check(config: ConfigDict, directory: Path, model: Transformer, num_examples:
     optimizer = make_optimizer(config.optimizer, num_steps)
     trained, _ = partition(model)
     state = jax.eval_shape(lambda m: (m, optimizer.init(m)), trained)
-    # While one is written the one before is still there.
-    saved = [file for file in directory.glob("checkpoints/*") if file.name.isdigit()]
-    require_space(directory, state, copies=1 if saved else 2)
+    require_space(directory, state)
     return num_steps
 
 

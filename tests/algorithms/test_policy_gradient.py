@@ -1,6 +1,5 @@
 """Whole policy-gradient runs on the tiny model: what they start from, log, keep and reach."""
 
-import json
 import os
 import signal
 
@@ -9,99 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.algorithms.policy_gradient import check, load_prompts
 from align_jax.algorithms.policy_objective import new_agent
-from align_jax.algorithms.policy_trainer import Trainer
-from align_jax.distributed.mesh import make_mesh
 from align_jax.generation import sampler
-from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import RewardError
-from align_jax.training import online, pretrained
+from align_jax.training import online
 from align_jax.training.checkpoint import Checkpointer, flatten
 from align_jax.training.loop import Interrupted
 from align_jax.training.metrics import read_metrics
+from tests.algorithms.policy_runs import METHODS, digits, log_probs_by_hand, other_model, samples_of
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("tiny")
-
-
-@pytest.fixture(scope="module")
-def base():
-    return load_model("tiny", mesh=make_mesh())
-
-
-def digits(records, completions):
-    """The share of digits in the first eight characters: the tiny model writes 1 in 26."""
-    return [sum(c in "0123456789" for c in text[:8]) / 8 for text in completions]
-
-
-METHODS = {
-    "ppo": {"minibatches": 2, "epochs": 2},
-    "ppo, shared trunk": {"critic": "shared"},
-    "reinforce": {"loss": "reinforce", "advantage": "moving_baseline", "critic": "none"},
-    "rloo": {"loss": "reinforce", "advantage": "rloo", "critic": "none", "sampling.samples": 2},
-    "grpo": {"advantage": "grpo", "critic": "none", "sampling.samples": 2, "kl.placement": "loss"},
-    "online dpo": {"loss": "dpo", "critic": "none", "sampling.samples": 2},
-}
-
-
-@pytest.fixture
-def new_trainer(tiny_config, tokenizer, base, tmp_path):
-    """A trainer of 8 prompts and completions of 6 tokens, with these changes; and its directory."""
-
-    def make(overrides=(), *, reward=digits, name="run", model=None):
-        settings = {
-            "sampling.prompts": 8,
-            "sampling.max_new_tokens": 6,
-            "data.source": "builtin:tiny_sft",
-            "num_iterations": 2,
-            "epochs": 1,
-            "minibatches": 1,
-            "checkpoint_every": 1,
-        }
-        config = tiny_config("ppo", settings | dict(overrides))
-        check(config)
-        records, examples = load_prompts(
-            config.data, "builtin:tiny_preferences", tokenizer, max_new_tokens=6
-        )
-        directory = tmp_path / name
-        directory.mkdir(exist_ok=True)
-        mesh = pretrained.open_mesh(config)
-        start = base if model is None else model
-        trainer = Trainer(
-            config, directory, mesh, tokenizer, start, base, reward, records, examples
-        )
-        return trainer, directory
-
-    return make
-
-
-def samples_of(directory):
-    files = sorted((directory / "samples").glob("iteration_*.jsonl"))
-    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-
-
-def other_model(base, scale=0.5):
-    """A policy that is not its reference."""
-    keys = iter(jax.random.split(jax.random.key(5), 200))
-    return jax.tree.map(
-        lambda x: x + scale * x.std() * jax.random.normal(next(keys), x.shape), base
-    )
-
-
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_starts_at_its_reference_with_ratio_1(new_trainer, method):
+def test_a_run_starts_at_its_reference_with_ratio_1(new_trainer, method, temperature):
+    settings = {"num_iterations": 1, "epochs": 1, "minibatches": 1}
     trainer, directory = new_trainer(
-        {**METHODS[method], "num_iterations": 1, "epochs": 1, "minibatches": 1}
+        METHODS[method] | settings | {"sampling.temperature": temperature}
     )
     metrics = trainer.fit()
     assert metrics["objective/kl"] == 0.0  # to the bit
     assert metrics["policy/approxkl_avg"] == 0.0 and metrics["policy/clipfrac_avg"] == 0.0
     assert metrics["val/ratio"] == pytest.approx(1.0, abs=1e-6)  # a mean of exact ones
-    assert metrics["val/sampler_gap"] < 2e-5
+    # What ratio and approxkl cannot show, for the first update's old policy is its own pass.
+    assert metrics["val/sampler_gap"] < 2e-5 and metrics["val/old_gap"] < 2e-5
     assert metrics["objective/rlhf_reward"] == metrics["objective/scores"]
     if method == "online dpo":
         assert metrics["loss"] == pytest.approx(np.log(2), abs=1e-6)
@@ -116,14 +46,6 @@ def test_fractional_scores_survive(new_trainer):
     metrics = trainer.fit()
     assert metrics["objective/scores"] == pytest.approx(0.73, abs=1e-6)
     assert all(sample["score"] == pytest.approx(0.73) for sample in samples_of(directory)[0])
-
-
-def log_probs_by_hand(model, sample, tokenizer):
-    """Log-probability of a saved sample from logits over the whole vocabulary, nats."""
-    prompt = tokenizer(sample["prompt"], add_special_tokens=False).input_ids
-    text = jnp.asarray([prompt + sample["tokens"]])
-    log_p = jax.nn.log_softmax(model.logits(model(text)))[0]
-    return sum(float(log_p[len(prompt) + t - 1, token]) for t, token in enumerate(sample["tokens"]))
 
 
 def test_the_logged_kl_is_that_of_the_saved_samples(new_trainer, base, tokenizer):

@@ -34,7 +34,7 @@ from align_jax.training.workdir import Workdir
         ({"loss": "dpo", "sampling.samples": 2}, "config.loss=dpo has none; set config.critic=n"),
         (
             {"loss": "dpo", "sampling.samples": 2, "critic": "none", "kl.target": 6.0},
-            "config.kl.target needs",
+            "config.kl.target = 6.0 needs",
         ),
         (
             {"loss": "reinforce", "advantage": "moving_baseline", "critic": "none", "epochs": 2},
@@ -125,6 +125,19 @@ def test_held_out_samples_may_be_judged_by_another_reward(tiny_config, tmp_path)
         trained_on = [sample["training_score"] for sample in samples]
         np.testing.assert_allclose(trained_on, lengths, atol=1e-6)
         assert summary["training_reward"][name] == pytest.approx(lengths.mean())
+
+
+def test_a_training_reward_relative_to_its_batch_is_left_out(tiny_config, tmp_path):
+    """Standardised in two calls, both means would be 0 whatever training has done."""
+    settings = {"num_iterations": 1, "epochs": 1, "evaluation.reward": "vader"}
+    config = tiny_config("ppo", settings)
+    parts = {"length": {"weight": 1.0, "reward": {"kind": "length"}}}
+    config.reward = ConfigDict({"kind": "mixture", "standardise": True, "components": parts})
+    summary = policy_gradient.run(config, Workdir(tmp_path / "run", config))
+    assert "training_reward" not in summary and "reward_mean" in summary["trained"]
+    for name in ("base", "trained"):
+        text = (tmp_path / f"run/samples/sample_{name}.jsonl").read_text()
+        assert "training_score" not in text
 
 
 def test_adapters_alone_are_trained_and_the_base_is_the_reference(tiny_config, tmp_path):

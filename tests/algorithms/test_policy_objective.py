@@ -206,9 +206,11 @@ def batch_of(model, **more):
     return jax.tree.map(jnp.asarray, batch | values | more)
 
 
-def log_probs_by_hand(model, batch):
-    """`[N,T]` from whole-vocabulary logits of each prompt and completion on its own."""
-    out = np.zeros(MASK.shape)
+def passes_by_hand(model, batch, temperature=1.0):
+    """Of each completion n on its own with its prompt: (n, its tokens, hidden states, log p).
+
+    The last two are before each of its tokens, `[., D]` and over the whole vocabulary, `[., V]`.
+    """
     tokens, branch = np.asarray(batch["tokens"]), np.asarray(batch["branch_ids"])
     segment = np.asarray(batch["segment_ids"])
     for n in range(len(LENGTHS)):
@@ -216,9 +218,17 @@ def log_probs_by_hand(model, batch):
         prompt = tokens[row][(branch[row] == 0) & (segment[row] > 0)]
         response = tokens[row][branch[row] == k + 1]
         text = jnp.asarray(np.concatenate([prompt, response])[None])
-        log_p = jax.nn.log_softmax(model.logits(model(text)))[0]
-        for t, token in enumerate(response):
-            out[n, t] = log_p[len(prompt) + t - 1, token]
+        hidden = model(text)
+        log_p = jax.nn.log_softmax(model.logits(hidden) / temperature)
+        before = slice(len(prompt) - 1, text.shape[1] - 1)
+        yield n, response, np.asarray(hidden[0, before]), np.asarray(log_p[0, before])
+
+
+def log_probs_by_hand(model, batch, temperature=1.0):
+    """`[N,T]` from whole-vocabulary logits of each prompt and completion on its own."""
+    out = np.zeros(MASK.shape)
+    for n, response, _, log_p in passes_by_hand(model, batch, temperature):
+        out[n, : len(response)] = log_p[np.arange(len(response)), response]
     return out
 
 
@@ -247,13 +257,16 @@ def test_the_first_gradient_of_ppo_is_that_of_reinforce(model):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "reinforce"])
-def test_the_loss_off_policy_is_the_formula(model, loss):
+def test_the_loss_off_policy_is_the_formula(model, loss, temperature):
     batch = batch_of(model, on_policy=jnp.zeros(6))
-    new = log_probs_by_hand(model, batch)
+    new = log_probs_by_hand(model, batch, temperature)
     old = (new + rng.normal(0, 0.3, MASK.shape)) * MASK
     batch["old_log_probs"] = jnp.asarray(old, jnp.float32)
-    config = config_of(loss=loss, clip_range_high=0.28, kl__coefficient=0.0)
+    config = config_of(
+        loss=loss, clip_range_high=0.28, kl__coefficient=0.0, sampling__temperature=temperature
+    )
     sums = make_loss(config)(Agent(model, None), batch)
     a = np.asarray(batch["advantages"], np.float64)
     ratio = np.exp(new - old)
@@ -273,28 +286,68 @@ def test_the_loss_off_policy_is_the_formula(model, loss):
     )
     approx = ((new - old) ** 2 / 2 * MASK).sum() / MASK.sum()
     np.testing.assert_allclose(sums.metrics["policy/approxkl_avg"], approx, rtol=1e-3)
+    gap = (np.abs(new - old) * MASK).sum() / MASK.sum()
+    np.testing.assert_allclose(sums.metrics["val/old_gap"], gap, rtol=1e-3)
 
 
-def test_kl_entropy_and_value_terms_are_added(model):
+def test_the_old_gap_shows_what_the_ratio_of_a_first_update_cannot(model):
+    batch = batch_of(model)
+    new = log_probs_by_hand(model, batch)
+    for moved in (0.0, 0.125):
+        batch["old_log_probs"] = jnp.asarray((new + moved) * MASK, jnp.float32)
+        sums = make_loss(config_of())(Agent(model, None), batch)
+        np.testing.assert_allclose(sums.metrics["val/old_gap"], moved, atol=2e-5)
+        assert sums.metrics["policy/approxkl_avg"] == 0
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_kl_entropy_and_value_terms_are_added(model, critic):
     config = config_of(
-        critic="shared", kl__placement="loss", entropy_coefficient=0.05, value_coefficient=0.3
+        critic=critic,
+        kl__placement="loss",
+        entropy_coefficient=0.05,
+        value_coefficient=0.3,
+        value_clip_range=0.2,
+        sampling__temperature=0.6,
     )
     head = ScalarHead(model.config.hidden_size, key=jax.random.key(3))
+    agent = Agent(model, head)
+    if critic == "separate":
+        agent = Agent(model, ScalarModel(model, key=None))
+        agent.critic.head = head
     batch = batch_of(model)
-    parts = make_loss(config)(Agent(model, head), batch)
-    new = log_probs_by_hand(model, batch)
+    new = log_probs_by_hand(model, batch, temperature=0.6)
+    entropies, values = np.zeros(MASK.shape), np.zeros(MASK.shape)
+    for n, response, hidden, log_p in passes_by_hand(model, batch, temperature=0.6):
+        entropies[n, : len(response)] = -(np.exp(log_p) * log_p).sum(-1)
+        values[n, : len(response)] = hidden @ np.asarray(head.head_kernel[...])
+    # Moved by less than the clip range and by more, to either side, towards the return and away.
+    draw = np.random.default_rng(2)
+    old_values = values + draw.choice([-0.7, -0.1, 0.1, 0.7], MASK.shape)
+    returns = values + draw.normal(size=MASK.shape)
+    batch["old_values"] = jnp.asarray(old_values * MASK, jnp.float32)
+    batch["returns"] = jnp.asarray(returns * MASK, jnp.float32)
+    clipped = np.clip(values, old_values - 0.2, old_values + 0.2)
+    plain, held = (values - returns) ** 2, (clipped - returns) ** 2
+    for case in (held > plain, held < plain, clipped == values):
+        assert case[MASK > 0].sum() >= 3
+    mean = lambda x: (x * MASK).sum() / MASK.sum()  # noqa: E731
+    value_loss, entropy = mean(np.maximum(plain, held) / 2), mean(entropies)
+
+    parts = make_loss(config)(agent, batch)
+    np.testing.assert_allclose(parts.metrics["loss/value_avg"], value_loss, rtol=1e-4)
+    np.testing.assert_allclose(parts.metrics["policy/entropy_avg"], entropy, rtol=1e-4)
     d = np.where(MASK > 0, new - REFERENCE, 0)
     np.testing.assert_allclose(
         parts.metrics["loss/kl_avg"], ((np.exp(-d) - 1 + d) * MASK).sum() / MASK.sum(), rtol=1e-4
     )
     expected = (
-        parts.metrics["loss/policy_avg"]
-        + 0.2 * parts.metrics["loss/kl_avg"]
-        - 0.05 * parts.metrics["policy/entropy_avg"]
-        + 0.3 * parts.metrics["loss/value_avg"]
+        -mean(np.asarray(batch["advantages"]))  # the ratio is 1
+        + 0.2 * mean(np.exp(-d) - 1 + d)
+        - 0.05 * entropy
+        + 0.3 * value_loss
     )
-    np.testing.assert_allclose(parts.loss, expected, rtol=1e-5)
-    assert parts.metrics["loss/value_avg"] > 0 and parts.metrics["policy/entropy_avg"] > 1
+    np.testing.assert_allclose(parts.loss, expected, rtol=1e-4)
 
 
 def test_online_dpo_is_the_loss_of_the_pairs(model):

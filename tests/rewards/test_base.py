@@ -160,6 +160,84 @@ def test_components_come_with_the_scores_of_one_computation():
         scores_and_components(Sum(), PROMPTS, TEXTS)
 
 
+class Parts:
+    """A reward of two parts, of which the tests break one thing at a time."""
+
+    def components(self, records, completions):
+        return {"a": [1] * len(completions), "length": [len(text) for text in completions]}
+
+    def combine(self, components, records):
+        return components["a"] + components["length"]
+
+
+def test_components_are_arrays_of_float32_whatever_they_come_as():
+    scores, components = scores_and_components(Parts(), tuple(PROMPTS), tuple(TEXTS))
+    assert scores.tolist() == [2, 3, 4, 5, 6]
+    assert {x.dtype for x in components.values()} == {np.dtype("float32")}
+    assert components["length"].tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("part", "index", "message"),
+    [
+        ([0, 0, float("nan"), 0, 0], 2, "component 'bad' of the reward Parts returned nan"),
+        ([0, 0, 0, "x", 0], 3, "component 'bad' of the reward Parts returned 'x', which is no"),
+        ([0, 0, 0], 0, "component 'bad' of the reward Parts returned 3 values for 5 completions"),
+        (1.0, 0, "component 'bad' of the reward Parts returned 1.0; expected 5 numbers"),
+    ],
+)
+def test_a_component_that_is_no_score_is_named_with_prompt_and_completion(part, index, message):
+    reward = Parts()
+    reward.components = lambda records, texts: {"good": [1] * len(texts), "bad": part}
+    with pytest.raises(RewardError, match=message) as caught:
+        scores_and_components(reward, PROMPTS, TEXTS)
+    for named in (f"prompt {index}'", f"data.jsonl:{index + 1}", repr(TEXTS[index])):
+        assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", range(5))
+@pytest.mark.parametrize("method", ["components", "combine"])
+def test_the_completion_for_which_components_or_combine_raises_is_found(method, bad):
+    reward = Parts()
+
+    def divides(lengths):
+        return [1 / (length - 1 - bad) for length in lengths]
+
+    if method == "components":
+        reward.components = lambda _, texts: {"a": divides([len(text) for text in texts])}
+    else:
+        reward.combine = lambda parts, _: divides(parts["length"].tolist())
+    with pytest.raises(RewardError) as caught:
+        scores_and_components(reward, PROMPTS, TEXTS)
+    text = str(caught.value)
+    assert f"the reward Parts ({method}) raised ZeroDivisionError: " in text
+    assert "test_base.py:" in text and f"completion {TEXTS[bad]!r}" in text
+    assert f"data.jsonl:{bad + 1}" in text
+
+
+def test_what_combine_returns_is_checked_as_a_reward_is():
+    reward = Parts()
+    reward.combine = lambda parts, records: [1.0, 2.0]
+    with pytest.raises(RewardError, match="the reward Parts returned 2 values for 5 completions"):
+        scores_and_components(reward, PROMPTS, TEXTS)
+    with pytest.raises(ValueError, match="5 records and 4 texts"):
+        scores_and_components(reward, PROMPTS, TEXTS[:4])
+
+
+@pytest.mark.parametrize("found", [None, [1.0] * 5, {"": [1.0] * 5}, {1: [1.0] * 5}])
+def test_components_without_names_are_refused(found):
+    reward = Parts()
+    reward.components = lambda *_: found
+    with pytest.raises(RewardError, match="the reward Parts has components .*under each comp"):
+        scores_and_components(reward, PROMPTS, TEXTS)
+
+
+def test_a_reward_whose_components_are_none_has_none():
+    reward = returning([1] * 5)
+    reward.components = None
+    assert scores_and_components(reward, PROMPTS, TEXTS)[1] == {}
+
+
 def test_a_reward_without_demands_accepts_every_record():
     check_records(returning([]), PROMPTS)
 

@@ -1,9 +1,13 @@
+import os
+import pathlib
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from align_jax import rewards
 from align_jax.models.families import ModelError
 from align_jax.models.interchange import load_tokenizer
 from align_jax.rewards import model, rules
@@ -123,6 +127,32 @@ def test_any_python_callable(module):
     ):
         with pytest.raises(RewardError, match=f"config.reward is '{name}:{wrong}': {message}"):
             make_reward(f"{name}:{wrong}")
+
+
+def test_a_callable_takes_no_keys_and_the_message_says_which_to_empty(module):
+    name = module("def ten(records, texts):\n    return [10] * len(texts)\n")
+    config = {"kind": f"{name}:ten", "path": "reward_model", "compute_dtype": ""}
+    message = f"config.reward.kind is '{name}:ten', a Python callable, which takes no keys. Set "
+    with pytest.raises(RewardError, match=f"^{message}config.reward.path=''.$"):
+        make_reward(config)
+
+
+def test_modules_of_the_directory_a_command_is_started_in_are_found(tmp_path):
+    """Also by the installed command, which unlike `python -m` does not look there by itself."""
+    (tmp_path / "my_rewards.py").write_text("def brief(_, texts):\n    return map(len, texts)\n")
+    code = (
+        "from align_jax.rewards.configured import make_reward\n"
+        "print(*make_reward({'kind': 'my_rewards:brief'})([], ['a', 'bc']))"
+    )
+    root = pathlib.Path(rewards.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "1 2\n"), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Checkpoints: bitwise, atomic, and refused by name where they do not fit."""
 
-import pathlib
 import shutil
 import types
 
@@ -190,8 +189,22 @@ def test_too_little_space_is_said_with_both_sizes(monkeypatch, tmp_path):
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
 
     free(4 * 2**30)
-    require_space(pathlib.Path(tmp_path), state, copies=2)
+    require_space(tmp_path, state)
     free(4 * 2**30 - 1)
     with pytest.raises(RunError, match=r"has 4.00 GiB free.* need 4.00 GiB.*--workdir"):
-        require_space(pathlib.Path(tmp_path), state, copies=2)
-    require_space(pathlib.Path(tmp_path), state, copies=1)
+        require_space(tmp_path, state)
+    # What was half written is no checkpoint, and will be removed.
+    (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
+    with pytest.raises(RunError, match="need 4.00 GiB"):
+        require_space(tmp_path, state)
+
+
+def test_a_run_that_goes_on_has_the_first_of_two_checkpoints_on_the_disk(monkeypatch, tmp_path):
+    state = [jax.ShapeDtypeStruct((2**28,), jnp.float32)] * 2  # 2 GiB
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    usage = types.SimpleNamespace(free=2 * 2**30)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    require_space(tmp_path, state)
+    usage.free -= 1
+    with pytest.raises(RunError, match="need 2.00 GiB"):
+        require_space(tmp_path, state)

@@ -1,0 +1,142 @@
+"""What an iteration's updates are made of: coefficients, weights, text, and the text's score."""
+
+import jax
+import numpy as np
+import pytest
+
+from align_jax.models.export import save_reward_model
+from align_jax.models.heads import RewardScale, ScalarModel
+from align_jax.models.tokenizers import load_tokenizer
+from align_jax.rewards.configured import make_reward
+from align_jax.training import online
+from align_jax.training.metrics import read_metrics
+from tests.algorithms.policy_runs import METHODS, other_model, samples_of
+
+
+def test_the_coefficient_of_a_kl_in_the_loss_moves_and_is_the_one_applied(new_trainer):
+    settings = METHODS["grpo"] | {"num_iterations": 4, "kl.target": 0.05, "kl.horizon": 50}
+    trainer, directory = new_trainer(settings | {"optimizer.learning_rate": 0.02})
+    trainer.fit()
+    rows = read_metrics(directory)
+    coefficients = [row["objective/kl_coefficient"] for row in rows]
+    assert coefficients[0] == pytest.approx(0.05) and len(set(coefficients)) == 4
+    for row, after in zip(rows, coefficients[1:]):
+        error = np.clip(row["objective/kl"] / 0.05 - 1, -0.2, 0.2)
+        count = 16  # completions of an iteration
+        expected = row["objective/kl_coefficient"] * (1 + error * count / 50)
+        assert after == pytest.approx(expected, rel=1e-5)
+    for row in rows[1:]:
+        penalty = row["loss"] - row["loss/policy_avg"]
+        assert row["loss/kl_avg"] > 1e-3
+        assert penalty == pytest.approx(
+            row["objective/kl_coefficient"] * row["loss/kl_avg"], rel=1e-3, abs=1e-7
+        )
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo", "online dpo"])
+def test_the_rlhf_reward_is_the_objective_wherever_the_kl_is_taken(new_trainer, base, method):
+    settings = METHODS[method] | {"num_iterations": 1, "kl.coefficient": 0.3}
+    trainer, directory = new_trainer(settings, model=other_model(base))
+    metrics = trainer.fit()
+    (samples,) = samples_of(directory)
+    kl = np.mean([s["log_prob"] - s["ref_log_prob"] for s in samples])
+    assert abs(kl) > 0.01
+    assert metrics["objective/kl"] == pytest.approx(kl, rel=1e-4)
+    assert metrics["objective/non_score_reward"] == pytest.approx(-0.3 * kl, rel=1e-4)
+    expected = np.mean([s["score"] for s in samples]) - 0.3 * kl
+    assert metrics["objective/rlhf_reward"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_token_losses_are_weighed_by_the_capped_ratio_of_trainer_to_sampler(
+    new_trainer, monkeypatch
+):
+    """A sampler whose log-probabilities are off by up to a nat, as another engine's could be."""
+    original, batches = online.roll_out, []
+
+    def off(*arguments, **named):
+        rollout = original(*arguments, **named)
+        noise = np.random.default_rng(0).uniform(-1, 1, rollout.mask.shape).astype(np.float32)
+        return rollout._replace(log_probs=rollout.log_probs + noise * rollout.mask)
+
+    lay_out = online.rollout_batch
+
+    def recording(rollout, groups, values, layout, **more):
+        if values:
+            rows = rollout.rows(groups)
+            batches.append({name: values[name][rows] for name in values})
+        return lay_out(rollout, groups, values, layout, **more)
+
+    monkeypatch.setattr(online, "roll_out", off)
+    monkeypatch.setattr(online, "rollout_batch", recording)
+    metrics = {}
+    for cap in (0.0, 1.5):
+        settings = METHODS["rloo"] | {"num_iterations": 1, "importance_cap": cap}
+        metrics[cap] = new_trainer(settings, name=str(cap))[0].fit()
+    plain, capped = batches
+    ratio = np.exp(plain["old_log_probs"] - plain["sampler_log_probs"], dtype=np.float64)
+    expected = plain["weights"] * np.minimum(ratio, 1.5)
+    mask = plain["mask"] > 0
+    assert (ratio[mask] > 1.5).any() and (ratio[mask] < 0.8).any()
+    np.testing.assert_allclose(capped["weights"], expected, rtol=1e-5)
+    assert metrics[1.5]["val/sampler_gap"] > 0.5
+    for cap, weights in ((0.0, plain["weights"]), (1.5, expected)):
+        loss = -(weights * plain["advantages"] * plain["old_log_probs"]).sum()
+        assert metrics[cap]["loss/policy_avg"] == pytest.approx(loss, rel=1e-3, abs=1e-4)
+    assert metrics[0.0]["loss/policy_avg"] != pytest.approx(metrics[1.5]["loss/policy_avg"])
+
+
+def test_text_in_micro_batches_is_the_whole_text(new_trainer):
+    out = []
+    for accumulation in (1, 2):
+        settings = {
+            "data.accumulation": accumulation,
+            "ptx.source": "builtin:tiny_sft",
+            "ptx.batch_size": 4,
+            "ptx.gamma": 2.0,
+            "num_iterations": 1,
+        }
+        out.append(new_trainer(settings, name=str(accumulation))[0].fit())
+    for name in ("loss", "loss/ptx_avg", "loss/value_avg", "grad_norm"):
+        assert out[0][name] == pytest.approx(out[1][name], rel=1e-4), name
+    assert out[0]["loss/ptx_avg"] > 1
+
+
+def other_tokenizer():
+    """Bytes as the tiny one has, under other ids, and some pairs of them as one token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
+    merges = [("t", "h"), ("1", "2"), ("\u0120", "2"), ("e", "r"), ("c", "o"), ("o", "u")]
+    tokens = [*letters, *("".join(merge) for merge in merges), "<end>"]
+    made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", pad_token="<end>")
+
+
+def test_a_reward_model_reads_the_text_with_its_own_tokenizer(
+    new_trainer, base, tokenizer, tmp_path
+):
+    model, own = ScalarModel(base, key=jax.random.key(3)), other_tokenizer()
+    assert len(own) <= base.config.vocab_size
+    save_reward_model(model, own, tmp_path / "rm", scale=RewardScale(gain=1.5, bias=0.25))
+    assert load_tokenizer(tmp_path / "rm").eos_token_id == own.eos_token_id
+    reward = make_reward({"kind": "model", "path": str(tmp_path / "rm")}, tokenizer=tokenizer)
+    trainer, directory = new_trainer({"num_iterations": 1}, reward=reward)
+    trainer.fit()
+    (samples,) = samples_of(directory)
+    assert not all(sample["ended"] for sample in samples)
+    by_hand = {}
+    for name, using in (("own", own), ("policy's", tokenizer)):
+        ids = lambda text: using(text, add_special_tokens=False).input_ids  # noqa: B023, E731
+        scores = []
+        for sample in samples:
+            # Prompt and completion are tokenised apart, and EOS closes the text though most of
+            # these completions were cut by the token budget.
+            tokens = [*ids(sample["prompt"]), *ids(sample["completion"]), using.eos_token_id]
+            scores.append(1.5 * float(model(np.array([tokens]))[0, -1]) + 0.25)
+        by_hand[name] = scores
+    np.testing.assert_allclose([s["score"] for s in samples], by_hand["own"], atol=2e-5)
+    assert np.abs(np.subtract(by_hand["own"], by_hand["policy's"])).min() > 1e-3
