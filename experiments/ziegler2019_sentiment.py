@@ -81,7 +81,8 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         reward.normalization.update(policy="tiny", limit=8, max_new_tokens=8)
         reward.data.batch_size = 2
         policy.optimizer.learning_rate = 1e-3
-        policy.sampling.update(prompts=8, samples=1, max_new_tokens=8, truncate_token="")
+        policy.sampling.update(prompts=8, samples=1, max_new_tokens=8)
+        policy.sampling.update(truncate_token="", truncate_after=0)
         policy.update(num_iterations=2, minibatches=2, epochs=2)
         policy.evaluation.update(prompts=4, trained_samples=4, reward="length")
         prompts = 24
