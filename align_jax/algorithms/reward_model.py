@@ -61,7 +61,7 @@ LOSSES = ("pairwise", "best_of_k", "all_pairs", "plackett_luce")
 
 _DETAILS = ("reliability", "by_difference", "by_strength", "rewards")
 
-SCORED_TOGETHER = 64  # held-out records, between two marks of the progress bar
+SCORED_TOGETHER = 256  # held-out records, between two marks of the progress bar
 
 # Stands for minus infinity where a record has fewer responses than another: exp of it is 0, and
 # differences of it are 0 and not nan.
