@@ -34,9 +34,15 @@ def other_model(base, scale=0.5):
     )
 
 
+@jax.jit
+def all_log_probs(model, tokens):
+    return jax.nn.log_softmax(model.logits(model(tokens)))
+
+
 def log_probs_by_hand(model, sample, tokenizer):
     """Log-probability of a saved sample from logits over the whole vocabulary, nats."""
     prompt = tokenizer(sample["prompt"], add_special_tokens=False).input_ids
-    text = jnp.asarray([prompt + sample["tokens"]])
-    log_p = jax.nn.log_softmax(model.logits(model(text)))[0]
+    text = prompt + sample["tokens"]
+    # What stands to the right of a text cannot change it: one length, one compilation.
+    log_p = all_log_probs(model, jnp.asarray([text + [0] * (128 - len(text))]))[0]
     return sum(float(log_p[len(prompt) + t - 1, token]) for t, token in enumerate(sample["tokens"]))

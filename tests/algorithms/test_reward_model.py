@@ -37,10 +37,17 @@ def example(rng, lengths, *, prompt=5, id=0, **extras):
     )
 
 
+@jax.jit
+def hidden_states(transformer, tokens):
+    return transformer(tokens)
+
+
 def score_alone(model, prompt, response):
     """The scalar at the last token of one text, computed by itself."""
-    tokens = np.concatenate([prompt, response])[None]
-    hidden = np.asarray(model.transformer(tokens), np.float64)[0, -1]
+    text = np.concatenate([prompt, response])
+    # What stands to the right of a text cannot change it: one length, one compilation.
+    tokens = np.pad(text, (0, 40 - len(text)))[None]
+    hidden = np.asarray(hidden_states(model.transformer, tokens), np.float64)[0, len(text) - 1]
     return float(hidden @ np.asarray(model.head.head_kernel[...]) + model.head.head_bias[...])
 
 

@@ -1,4 +1,4 @@
-"""Run by test_hosts.py in one process, or in two that are hosts of one run: reward model, then PPO.
+"""Run by test_hosts.py in one process, or in two, the hosts of one run: reward model, then RLOO.
 
 hosts.py WORKDIR
 """
@@ -16,10 +16,9 @@ from align_jax.training.workdir import Workdir
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 RUNS = {
     "reward_model": {"num_steps": 2, "held_out": 20, "optimizer.learning_rate": 1e-2},
-    "ppo": {
+    "rloo": {
         "reward.kind": "model",
         "reward.path": "reward_model",  # in the workdir
-        "critic_init": "reward_model/reward_model",
         "evaluation.source": "",
         "sampling.prompts": 4,
         "sampling.max_new_tokens": 4,
@@ -34,7 +33,7 @@ def run(workdir: pathlib.Path) -> None:
     for name, settings in RUNS.items():
         overrides = []
         for key, value in settings.items():
-            value = workdir / value if key.endswith(("path", "critic_init")) else value
+            value = workdir / value if key == "reward.path" else value
             overrides.append(f"--config.{key}={value}")
         config = load_config(f"{EXPERIMENTS / name}.py:scale=tiny", overrides)
         algorithm_of(config).run(config, Workdir(workdir / name, config))

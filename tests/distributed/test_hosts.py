@@ -46,7 +46,7 @@ def test_two_hosts_train_a_reward_model_and_a_policy_against_it_as_one_does(tmp_
     run_on_two_hosts(workdirs[1])
     for name, keys in (
         ("reward_model", ("loss", "grad_norm", "rewards/margins")),
-        ("ppo", ("loss", "grad_norm", "objective/scores", "objective/entropy", "val/ratio")),
+        ("rloo", ("loss", "grad_norm", "objective/scores", "objective/entropy", "val/ratio")),
     ):
         rows = [read_metrics(workdir / name) for workdir in workdirs]
         assert len(rows[0]) == len(rows[1]) > 0

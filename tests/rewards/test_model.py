@@ -34,8 +34,16 @@ def reward(model, tokenizer):
     return RewardModel([(model, SCALE)], tokenizer)
 
 
+@jax.jit
+def hidden_states(transformer, tokens):
+    return transformer(tokens)
+
+
 def alone(model, tokens):
-    hidden = np.asarray(model.transformer(np.array([tokens], np.int32)), np.float64)[0, -1]
+    # What stands to the right of a text cannot change it: one length, one compilation.
+    padded = np.zeros((1, 256), np.int32)
+    padded[0, : len(tokens)] = tokens
+    hidden = np.asarray(hidden_states(model.transformer, padded), np.float64)[0, len(tokens) - 1]
     raw = hidden @ np.asarray(model.head.head_kernel[...], np.float64)
     return 1.7 * raw - 0.3
 
