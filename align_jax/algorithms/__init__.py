@@ -8,7 +8,7 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from align_jax.data.formats import DataError
-from align_jax.data.sources import load_records
+from align_jax.data.sources import load_as_configured
 from align_jax.rewards.base import RewardError
 from align_jax.training.errors import RunError
 
@@ -43,7 +43,7 @@ def read_sources(sources: list[Source]) -> None:
     """Raises `DataError` for what a run would stop at once something has been paid for."""
     for source, kind, data in sources:
         if source:
-            load_records(source, kind=kind, limit=data.limit or None, invalid=data.invalid)
+            load_as_configured(data, source, kind=kind)
 
 
 @contextlib.contextmanager

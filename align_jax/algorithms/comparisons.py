@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from align_jax.data.chat import Example
 from align_jax.data.formats import Record
-from align_jax.data.sources import load_records
+from align_jax.data.sources import load_as_configured
 from align_jax.training import offline
 from align_jax.training.errors import RunError
 
@@ -63,9 +63,9 @@ def _to_judge(
 
 
 def _load(config: ConfigDict, source: str, tokenizer: Any) -> tuple[list[Record], list[Example]]:
-    data, kind = config.data, comparisons_kind(config)
-    records = load_records(source, kind=kind, limit=data.limit or None, invalid=data.invalid)
-    return records, offline.tokenised(data, records, tokenizer, kind=kind)
+    kind = comparisons_kind(config)
+    records = load_as_configured(config.data, source, kind=kind)
+    return records, offline.tokenised(config.data, records, tokenizer, kind=kind)
 
 
 def comparisons_kind(config: ConfigDict) -> str:

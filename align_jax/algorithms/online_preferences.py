@@ -43,7 +43,7 @@ from align_jax.algorithms import (
     reward_normalization,
 )
 from align_jax.data.pipeline import permutation
-from align_jax.data.sources import load_records
+from align_jax.data.sources import load_as_configured
 from align_jax.evaluation.policies import draw_samples
 from align_jax.rewards.base import Comparer, checked_probabilities
 from align_jax.rewards.configured import check_comparer, make_comparer
@@ -290,9 +290,7 @@ def _earlier_comparisons(config: ConfigDict) -> list[dict[str, Any]]:
     data = config.reward_model.data
     if not data.source:
         return []
-    pairs = load_records(
-        data.source, kind="preference", limit=data.limit or None, invalid=data.invalid
-    )
+    pairs = load_as_configured(data, data.source, kind="preference")
     return [
         {
             "prompt": pair["prompt"],

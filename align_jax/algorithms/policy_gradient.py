@@ -42,7 +42,7 @@ from align_jax.algorithms.policy_objective import critic_directory
 from align_jax.algorithms.policy_trainer import Trainer
 from align_jax.data.chat import Example, encode_records
 from align_jax.data.formats import Record
-from align_jax.data.sources import load_records
+from align_jax.data.sources import load_as_configured
 from align_jax.evaluation.policies import (
     Sample,
     draw_samples,
@@ -137,7 +137,7 @@ def load_prompts(
     data: ConfigDict, source: str, tokenizer: Any, *, max_new_tokens: int
 ) -> tuple[list[Record], list[Example]]:
     """Records of kind `prompt` and their tokens; an example's id is its record's index."""
-    records = load_records(source, kind="prompt", limit=data.limit or None, invalid=data.invalid)
+    records = load_as_configured(data, source, kind="prompt")
     room = data.max_length - max_new_tokens
     if room < 1:
         raise RunError(

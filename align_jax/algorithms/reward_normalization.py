@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from align_jax.algorithms import Source
 from align_jax.data.chat import encode_records
 from align_jax.data.formats import Record
-from align_jax.data.sources import load_records
+from align_jax.data.sources import load_as_configured
 from align_jax.models.heads import RewardScale
 from align_jax.training import pretrained
 from align_jax.training.errors import RunError
@@ -52,8 +52,12 @@ def sources(config: ConfigDict) -> list[Source]:
     n = config.normalization
     if n.kind == "none":
         return []
-    data = ConfigDict(config.data.to_dict() | {"limit": n.limit})
-    return [(n.source, "prompt" if n.policy else "sft", data)]
+    return [(n.source, "prompt" if n.policy else "sft", _data(config))]
+
+
+def _data(config: ConfigDict) -> ConfigDict:
+    """How the texts of the reference are read: as those of the run, but for how many."""
+    return ConfigDict(config.data.to_dict() | {"limit": config.normalization.limit})
 
 
 def reference_texts(
@@ -68,11 +72,11 @@ def reference_texts(
       RunError: a record without prompt and completion.
     """
     n = config.normalization
-    source, limit = n.source, n.limit or None
+    source, data = n.source, _data(config)
     if n.policy:
         file = workdir.path / "samples" / "reference.jsonl"
         if not file.exists():
-            records = load_records(source, kind="prompt", limit=limit, invalid=config.data.invalid)
+            records = load_as_configured(data, source, kind="prompt")
             texts = _sample(config, records, mesh)
             lines = [
                 json.dumps({"prompt": record["prompt"], "completion": text}) + "\n"
@@ -81,10 +85,7 @@ def reference_texts(
             file.parent.mkdir(exist_ok=True)
             write_file(file, "".join(lines).encode("utf-8"))
         source = str(file)
-    records = [
-        _with_completion(record)
-        for record in load_records(source, kind="sft", limit=limit, invalid=config.data.invalid)
-    ]
+    records = [_with_completion(record) for record in load_as_configured(data, source, kind="sft")]
     texts = [record["completion"] for record in records]
     return records, [text if isinstance(text, str) else text[0]["content"] for text in texts]
 

@@ -86,6 +86,11 @@ def load_records(
     return records
 
 
+def load_as_configured(data: Any, source: str, *, kind: str) -> list[Record]:
+    """`load_records` by the `limit` (0 reads all) and the `invalid` of a `config.data`."""
+    return load_records(source, kind=kind, limit=data.limit or None, invalid=data.invalid)
+
+
 class _Field(NamedTuple):
     """What a source calls one of our fields, and who says it if it is to be a message."""
 

@@ -63,7 +63,7 @@ def save_reward_model(
     scale = dataclasses.replace(scale, bias=scale.gain * head_bias + scale.bias)
     transformer = without_unembedding(model.transformer)
     dtype = transformer.embedding[...].dtype
-    kernel = _gathered(model.head.head_kernel[...]).astype(dtype)[None]
+    kernel = np.asarray(_gathered(model.head.head_kernel[...])).astype(dtype)[None]
     _save(
         transformer,
         _with_distinct_padding(tokenizer),
@@ -103,7 +103,7 @@ def _save(
     path = pathlib.Path(path).expanduser()
     model = merge_adapters(model)
     leaves = {
-        families.parameter_path(keys): leaf if leaf.is_fully_addressable else _gathered(leaf)
+        families.parameter_path(keys): _gathered(leaf)
         for keys, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
     }
     if jax.process_index() == 0:
@@ -112,10 +112,10 @@ def _save(
         multihost_utils.sync_global_devices(f"saved {path}")
 
 
-def _gathered(leaf: jax.Array) -> np.ndarray:
-    """The whole array in this host's memory; on several hosts each takes part."""
+def _gathered(leaf: jax.Array) -> jax.Array | np.ndarray:
+    """The array as it is, or if it lies on several hosts, each of which takes part, whole here."""
     if leaf.is_fully_addressable:
-        return np.asarray(leaf)
+        return leaf
     return multihost_utils.process_allgather(leaf, tiled=True)
 
 

@@ -90,7 +90,8 @@ def make_comparer(
 
 def check_reward(config: Any, *, key: str = "config.reward") -> None:
     """Raises what `make_reward` would of the config alone: no model is loaded or looked for."""
-    _build(config, _unloaded(REWARDS), _checking(key))
+    context = _checking(key)
+    _build(config, context.rewards, context)
 
 
 def check_comparer(config: Any, *, key: str = "config.comparer") -> None:

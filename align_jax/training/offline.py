@@ -13,7 +13,7 @@ from align_jax.data.batching import build_batch, round_up_to_bucket
 from align_jax.data.chat import Example, encode_records
 from align_jax.data.formats import Record
 from align_jax.data.pipeline import Loader
-from align_jax.data.sources import load_records
+from align_jax.data.sources import load_as_configured
 from align_jax.models.frozen import partition
 from align_jax.models.transformer import Transformer
 from align_jax.training.checkpoint import Checkpointer, require_space
@@ -64,7 +64,7 @@ def default_offline_config() -> ConfigDict:
 
 def load_examples(data: ConfigDict, source: str, tokenizer: Any, *, kind: str) -> list[Example]:
     """Reads, checks and tokenises every record of a source before anything is computed."""
-    records = load_records(source, kind=kind, limit=data.limit or None, invalid=data.invalid)
+    records = load_as_configured(data, source, kind=kind)
     return tokenised(data, records, tokenizer, kind=kind)
 
 
