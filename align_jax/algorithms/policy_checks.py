@@ -122,6 +122,16 @@ def _combinations(config: ConfigDict) -> Iterator[tuple[bool, str]]:
         "config.dual_clip=0.",
     )
     yield (
+        config.clip_range_high > 0 and config.loss in ("reinforce", "dpo"),
+        f"config.clip_range_high bounds a ratio, of which config.loss={config.loss} has none: set "
+        "config.clip_range_high=0.",
+    )
+    yield (
+        not config.scale_rewards and (dpo or config.advantage != "grpo"),
+        f"config.scale_rewards=False leaves out a division that is config.advantage=grpo's; "
+        f"{method} has none: set config.scale_rewards=True.",
+    )
+    yield (
         config.importance_cap > 0 and dpo,
         "config.importance_cap weighs token losses, of which config.loss=dpo has none: set "
         "config.importance_cap=0.",
