@@ -100,8 +100,10 @@ def test_checkpoints_hold_the_adapters_alone_and_know_their_base(mesh, tmp_path)
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(state, {"next_example": 8})
     checkpointer.wait()
-    files = (tmp_path / "4" / "model").rglob("*")
-    assert sum(file.stat().st_size for file in files) < nbytes(partition(state.model)[1]) / 2
+    # By Orbax's own account: how many bytes its files take depends on the moment, too.
+    saved = checkpointer._manager.item_metadata(4)["model"]
+    assert set(saved.keys()) == {name for name in flatten(state.model) if "adapters" in name}
+    assert sum(4 * np.prod(saved[name].shape) for name in saved) == nbytes(state.model.adapters)
     other = jax.random.key(5)
     restored, data = checkpointer.restore(make(load_model("tiny", mesh=mesh), key=other))
     alone = checkpointer.restore_model(adapted(load_model("tiny", mesh=mesh), mesh, key=other))
