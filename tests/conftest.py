@@ -43,21 +43,6 @@ def own_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def compiled_once(tmp_path_factory):
-    """Runs differ in numbers more than in programs: what is compiled is kept, for all processes."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # in it, each worker has its own folder
-        folder = folder.parent
-    settings = {
-        "jax_compilation_cache_dir": str(folder / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-
-
 @pytest.fixture
 def tiny_config():
     """experiments/NAME.py at scale=tiny with overrides `{"data.batch_size": 4}`."""

@@ -63,6 +63,7 @@ def test_killed_at_ten_random_moments_and_continued_it_ends_bitwise_the_same(tmp
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "ALIGN_JAX_CACHE": str(tmp_path / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
