@@ -219,7 +219,9 @@ nothing for where it leads (Q is the mean reward after a symbol, under the polic
 gradient is that of KL(ref || pi), k1's is 0; and a group's mean that includes the sample itself
 makes beta dearer by K / (K - 1). With the KL in the reward all advantages are 0 at the optimum,
 divided by a standard deviation or not; but divided, they do not shrink on the way there, and the
-last stretch is slow.
+last stretch is slow. (The learning rate is 3e-4. At 1e-3 most runs of REINFORCE and RLOO end
+closer, 2e-5 nats from the optimum, but of ten whose starts differ by 1e-6 of themselves two lost a
+response on the way and ended .1 nats from it.)
 
 ### Longer strings
 

@@ -58,7 +58,8 @@ def test_reward_losses_recover_the_reward_up_to_a_shift(world, name):
 
 
 def test_a_reward_transformer_recovers_the_reward(world):
-    fitted = others.fit_reward(world, "pairwise", transformer=True, run=Run(300, 1e-3))
+    # At 1e-3 the steps are too long by a little, and rounding decides where the 300th ends.
+    fitted = others.fit_reward(world, "pairwise", transformer=True, run=Run(300, 3e-4))
     error, distance = others.reward_distance(world, fitted)
     assert error < 1e-2
     assert distance < 1e-5
@@ -80,7 +81,7 @@ def test_distillation_reaches_the_teacher_only_with_all_but_one_symbol(world):
 
 def test_a_cycle_has_a_mixture_that_self_play_finds_and_no_reward(world):
     preferences, _ = cyclic_preferences(world)
-    last, _ = others.play_cycle(world, Run(800, 1e-3), price=0.2, every=50)
+    last, _ = others.play_cycle(world, Run(800, 5e-4), price=0.2, every=50)
     reward = others.fit_cycle(world, Run(500, 3e-2))
     greedy = np.exp(normalized(world.reference[0] + reward / 0.01))
     assert exploitability(last, preferences) < 0.02
@@ -88,7 +89,7 @@ def test_a_cycle_has_a_mixture_that_self_play_finds_and_no_reward(world):
 
 
 def test_the_adaptive_coefficient_holds_its_target_on_the_frontier(world):
-    held, coefficient, policy = others.hold_kl(world, 0.3, Run(300, 1e-3))
+    held, coefficient, policy = others.hold_kl(world, 0.3, Run(300, 5e-4))
     assert held == pytest.approx(0.3, rel=1e-2)
     there = World(world.language, world.reference, world.reward, coefficient)
     assert there.distance(policy) < 1e-3
