@@ -1,5 +1,6 @@
 """What tests share: the packaged model, tiny configs, quick compilation, a cache of their own."""
 
+import os
 import pathlib
 import signal
 
@@ -12,10 +13,16 @@ from align_jax.models.interchange import load_model, load_tokenizer
 # A shell starts background jobs with SIGINT ignored, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+# Tiny models are compiled far longer than they run, in the processes that tests start, too.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
+# The newer of XLA's two ways to fuse on a CPU takes most of the time its compiling takes. From
+# 0.11.1 on there is no other, and XLA ends at the flag.
+if jax.__version_info__ < (0, 11, 1):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 
-# Folders whose tests compile quickly; tests elsewhere ask for the fixture by name.
-QUICKLY_COMPILED = ("algorithms", "main", "training")
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 
 
 @pytest.fixture(scope="session")
@@ -34,42 +41,6 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGN_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Tiny models are compiled far longer than they run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="session")
-def _compiled(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("compiled"))
-
-
-@pytest.fixture(scope="module")
-def compiled_once(_compiled):
-    """For tests whose runs differ in numbers more than in programs: what is compiled is kept."""
-    settings = {
-        "jax_compilation_cache_dir": _compiled,
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compilation_by_folder(request):
-    if request.path.parent.name in QUICKLY_COMPILED:
-        request.getfixturevalue("quick_compilation")
-        request.getfixturevalue("compiled_once")
 
 
 @pytest.fixture

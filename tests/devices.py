@@ -10,10 +10,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def environment_of(count: int) -> dict[str, str]:
     """What a process needs that is to have as many CPU devices."""
+    flags = os.environ.get("XLA_FLAGS", "")
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}",
         "PYTHONPATH": str(ROOT),
     }
 

@@ -52,7 +52,7 @@ def test_the_docstring_states_the_command(name):
 
 
 @pytest.mark.parametrize("name", RUN_HERE)
-def test_tiny_runs_to_its_end(name, tmp_path, compiled_once, quick_compilation):
+def test_tiny_runs_to_its_end(name, tmp_path):
     workdir = tmp_path / "run"
     command = ["train", f"--config={EXPERIMENTS / name}.py:scale=tiny", f"--workdir={workdir}"]
     assert main.main(command) == 0

@@ -5,6 +5,7 @@ The fast half of `python -m tests.exact.table`.
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,14 @@ from tests.exact.fixed_points import cyclic_preferences, exploitability
 from tests.exact.language import World, kl, normalized
 from tests.exact.methods import ALL, land
 from tests.exact.training import Run, make_world
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimized():
+    """Hundreds of steps of one program run longer than it compiles."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,6 @@ NEW = 12
 WIDTH = 64  # of the rows that the forward pass without a cache runs on
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MODELS = ("tiny", "tiny:gpt2", "window")
 
 

@@ -11,8 +11,6 @@ from align_jax.generation import generate, sampler
 from tests.generation.prompts import keys_of, model_of, prompts_of
 from tests.jaxprs import equations
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def count_draws(monkeypatch):

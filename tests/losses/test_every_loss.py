@@ -7,8 +7,7 @@ bfloat16 and integer inputs, junk behind the mask, `jit`, `vmap`, and arrays sha
 import dataclasses
 import functools
 import inspect
-import os
-import subprocess
+import pathlib
 import sys
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 
 from align_jax.losses import distillation, policy_gradient, preference, ranking
+from tests.devices import run_on_devices
 from tests.losses.cases import CASES, B, T
 
 MODULES = (distillation, policy_gradient, preference, ranking)
@@ -294,21 +294,8 @@ def check_sharded(expected_file):
 def test_sharded_inputs_change_nothing(tmp_path):
     on_one_device = jax.tree.leaves(jitted_and_vmapped()[0][0])
     np.savez(tmp_path / "expected.npz", *on_one_device)
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    run = subprocess.run(
-        [sys.executable, __file__, tmp_path / "expected.npz"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == f"{len(CASES)} cases agree"
+    printed = run_on_devices(4, pathlib.Path(__file__), tmp_path / "expected.npz")
+    assert printed.strip() == f"{len(CASES)} cases agree"
 
 
 if __name__ == "__main__":

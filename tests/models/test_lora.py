@@ -13,8 +13,6 @@ from align_jax.models.interchange import load_model, load_tokenizer, save_model
 from align_jax.models.lora import add_adapters, merge_adapters, without_adapters
 from align_jax.models.transformer import Transformer, parameter_dimensions
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FAMILIES = ("tiny", "tiny:gpt2")
 RANK, ALPHA = 3, 7.5
 TOKENS = np.random.default_rng(0).integers(8, 264, (3, 19), np.int32)

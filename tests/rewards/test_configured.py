@@ -223,7 +223,7 @@ def test_comparers_by_name(tmp_path, module):
     assert checked_probabilities(make_comparer(f"{name}:coin"), *ask).tolist() == [0.5] * 3
 
 
-def test_a_language_model_as_judge_by_its_path(quick_compilation):
+def test_a_language_model_as_judge_by_its_path():
     config = {"kind": "judge", "model": "tiny", "questions": ("Which?",), "batch_size": 2}
     judge = make_comparer(ConfigDict(config))
     answers = checked_probabilities(judge, RECORDS, TEXTS, TEXTS[::-1])

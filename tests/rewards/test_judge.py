@@ -11,8 +11,6 @@ from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.rewards.base import RewardError, checked_probabilities
 from align_jax.rewards.judge import LanguageModelJudge, OracleJudge
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TEMPLATE = "{question}\nP: {prompt}\n1: {first}\n2: {second}"
 RECORDS = [
     {"prompt": "How?", "where": "pairs.jsonl:1"},

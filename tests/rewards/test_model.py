@@ -14,8 +14,6 @@ from align_jax.models.interchange import load_model, load_tokenizer, save_reward
 from align_jax.rewards.base import checked_scores, scores_and_components
 from align_jax.rewards.model import RewardModel
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SCALE = RewardScale(gain=1.7, bias=-0.3)
 
 

@@ -65,7 +65,6 @@ def test_killed_at_ten_random_moments_and_continued_it_ends_bitwise_the_same(tmp
         "ALIGN_JAX_CACHE": str(tmp_path / "cache"),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole, environment).wait(timeout=120) == 0, log_of(whole)

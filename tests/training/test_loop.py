@@ -182,7 +182,6 @@ def test_a_signalled_process_saves_and_says_how_to_continue(tmp_path, number):
     command += ["--config=experiments/dpo.py:scale=tiny", "--config.num_steps=1000000"]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "ALIGN_JAX_CACHE": str(tmp_path / "cache"),
     }
     process = subprocess.Popen(
