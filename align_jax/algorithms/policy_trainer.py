@@ -85,7 +85,8 @@ class Trainer:
         )
         self.advantages = jax.jit(lambda *args: advantages_of(config, *args))
         self.weights = jax.jit(lambda mask: token_weights(config, mask))
-        self.text = _text_loader(config, tokenizer)
+        self.updates = config.num_iterations * config.epochs * config.minibatches
+        self.text = _text_loader(config, tokenizer, self.updates)
         self.model: Transformer | None = model
 
     def fit(self) -> dict[str, float]:
@@ -94,8 +95,7 @@ class Trainer:
         model, self.model = self._start(), None
         agent = new_agent(config, model, self.mesh)
         del model
-        updates = config.num_iterations * config.epochs * config.minibatches
-        optimizer = make_optimizer(config.optimizer, updates)
+        optimizer = make_optimizer(config.optimizer, self.updates)
         shapes = jax.eval_shape(lambda a: (a, optimizer.init(a)), partition(agent)[0])
         require_space(self.directory, shapes)
         state = init_state(agent, optimizer, self.mesh)
@@ -103,7 +103,7 @@ class Trainer:
         self.step = make_train_step(
             make_loss(config),
             optimizer,
-            make_schedule(config.optimizer, updates),
+            make_schedule(config.optimizer, self.updates),
             state,
             self.mesh,
             accumulated=config.data.accumulation > 1,
@@ -378,16 +378,17 @@ def _floats(steps: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{k: float(x) for k, x in step.items()} for step in jax.device_get(steps)]
 
 
-def _text_loader(config: ConfigDict, tokenizer: Any) -> Loader | None:
+def _text_loader(config: ConfigDict, tokenizer: Any, updates: int) -> Loader | None:
     """Batches of PPO-ptx's text, one an update."""
     if not config.ptx.source:
         return None
     data = _with(config.data, batch_size=config.ptx.batch_size, limit=0)
     examples = offline.load_examples(data, config.ptx.source, tokenizer, kind="sft")
-    offline.check_lengths(data, examples)
-    return Loader(
+    loader = Loader(
         examples,
         batch_size=data.batch_size,
         seed=config.seed + 2**33,
         collate=offline.make_collate(data),
     )
+    offline.check_lengths(data, examples, loader.places(0, updates * data.batch_size))
+    return loader

@@ -223,8 +223,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     examples = load_pairs(config, config.data.source, tokenizer)
     held_out = _held_out(config, tokenizer)
     model, mesh = pretrained.open_model(config)
-    offline.check(config, workdir.path, model, len(examples))
-    offline.check_lengths(config.data, examples)
+    num_steps = offline.check(config, workdir.path, model, len(examples))
+    offline.check_training_lengths(config, examples, num_steps)
     reference = _reference(config, model, mesh, examples)
     held_out_reference = _reference(config, model, mesh, held_out)
     model = train(config, workdir, model, mesh, examples, reference)
@@ -241,8 +241,13 @@ def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 
 def _held_out(config, tokenizer) -> list[Example]:
-    source = config.data.eval_source
-    return load_pairs(config, source, tokenizer) if source else []
+    if not config.data.eval_source:
+        return []
+    examples = load_pairs(config, config.data.eval_source, tokenizer)
+    offline.check_lengths(config.data, examples, range(len(examples)))
+    if needs_reference(config.loss):
+        offline.check_lengths(config.data, examples, offline.by_length(examples))
+    return examples
 
 
 def _reference(config, model, mesh, examples) -> np.ndarray:

@@ -61,8 +61,11 @@ def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 
 def _held_out(config, tokenizer) -> list[Example]:
-    source = config.data.eval_source
-    return offline.load_examples(config.data, source, tokenizer, kind=KIND) if source else []
+    if not config.data.eval_source:
+        return []
+    examples = offline.load_examples(config.data, config.data.eval_source, tokenizer, kind=KIND)
+    offline.check_lengths(config.data, examples, range(len(examples)))
+    return examples
 
 
 def _evaluated(config, model, mesh, examples) -> dict[str, Any]:

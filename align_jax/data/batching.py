@@ -41,9 +41,22 @@ def round_up_to_bucket(
     if not fitting:
         raise DataError(
             f"{length} fits in none of the buckets {tuple(buckets)} of {key}: add a bucket of at "
-            f"least {length}, or lower data.max_length"
+            f"least {length}, lower data.max_length or, if data.rows packs examples, raise it"
         )
     return min(fitting)
+
+
+def example_size(example: Example) -> tuple[int, int]:
+    """`(tokens, targets)` an example takes up in its row."""
+    tokens = len(example.prompt) + sum(map(len, example.responses))
+    return tokens, sum(int(counts.sum()) for counts in _target_places(example))
+
+
+def longest_row(sizes: Sequence[tuple[int, int]], *, rows: int) -> tuple[int, int]:
+    """`(tokens, targets)` of `build_batch`'s longest row for examples of these sizes."""
+    members = _assign([tokens for tokens, _ in sizes], rows)
+    tokens, targets = ([sum(sizes[i][part] for i in row) for row in members] for part in (0, 1))
+    return max(tokens), max(targets)
 
 
 def build_batch(
@@ -67,7 +80,8 @@ def build_batch(
     first_response = np.cumsum([0, *(len(example.responses) for example in examples)])
     response_row, response_end = np.zeros((2, first_response[-1]), np.int32)
     placed = [_Row() for _ in range(rows)]
-    for r, (row, members) in enumerate(zip(placed, _assign(examples, rows), strict=True)):
+    assigned = _assign([example_size(example)[0] for example in examples], rows)
+    for r, (row, members) in enumerate(zip(placed, assigned, strict=True)):
         for segment, index in enumerate(members, start=1):
             ends = row.add(examples[index], segment, int(first_response[index]))
             numbers = slice(first_response[index], first_response[index + 1])
@@ -123,17 +137,15 @@ class _Row:
         ends = []
         start, prompt_length = self.length, len(example.prompt)
         self._append_tokens(example.prompt, 0, segment, 0)
-        pairs = zip(example.responses, example.response_masks, strict=True)
-        for offset, (response, mask) in enumerate(pairs):
+        parts = zip(example.responses, example.response_masks, _target_places(example), strict=True)
+        for offset, (response, mask, counts) in enumerate(parts):
             begin = self.length
             self._append_tokens(response, prompt_length, segment, offset + 1)
             predictor = np.arange(begin - 1, begin - 1 + len(response))
-            counts = np.asarray(mask) > 0
             if len(response):
                 # The first token is predicted by the end of the prompt, which stands elsewhere in
                 # the row for every response but the first.
                 predictor[0] = start + prompt_length - 1
-                counts[0] &= prompt_length > 0
             size = int(counts.sum())
             self.columns["predict_from"].append(predictor[counts])
             self.columns["targets"].append(np.asarray(response)[counts])
@@ -151,14 +163,22 @@ class _Row:
         self.length += size
 
 
-def _assign(examples: Sequence[Example], rows: int) -> list[list[int]]:
+def _target_places(example: Example) -> list[np.ndarray]:
+    """For every response which of its tokens are targets; nothing predicts a text's first token."""
+    places = [np.asarray(mask) > 0 for mask in example.response_masks]
+    if not len(example.prompt):
+        for counts in places:
+            counts[:1] = False
+    return places
+
+
+def _assign(lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Which examples go to which row; the longest first, each to the row with the fewest tokens."""
-    if rows == len(examples):
+    if rows == len(lengths):
         return [[index] for index in range(rows)]
-    lengths = [len(e.prompt) + sum(map(len, e.responses)) for e in examples]
     members: list[list[int]] = [[] for _ in range(rows)]
     loads = [0] * rows
-    for index in sorted(range(len(examples)), key=lambda index: -lengths[index]):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         row = loads.index(min(loads))
         members[row].append(index)
         loads[row] += lengths[index]

@@ -72,14 +72,17 @@ class Loader:
         size = len(self.examples)
         return permutation(size, self.seed, epoch) if self.shuffle else np.arange(size)
 
-    def batch_at(self, example_index: int) -> tuple[Any, list[int]]:
-        """Returns `(batch, example_ids)` of the examples from `example_index` on."""
+    def places(self, example_index: int, count: int) -> Iterator[int]:
+        """Places in `examples` of the `count` that come from `example_index` on."""
         if example_index < 0:
             raise DataError(f"the example index is {example_index}; expected 0 or more")
-        chosen = []
-        for index in range(example_index, example_index + self.batch_size):
+        for index in range(example_index, example_index + count):
             epoch, offset = divmod(index, len(self.examples))
-            chosen.append(self.examples[self._order(epoch)[offset]])
+            yield int(self._order(epoch)[offset])
+
+    def batch_at(self, example_index: int) -> tuple[Any, list[int]]:
+        """Returns `(batch, example_ids)` of the examples from `example_index` on."""
+        chosen = [self.examples[i] for i in self.places(example_index, self.batch_size)]
         return self.collate(chosen), [example.id for example in chosen]
 
     def batches(self, start: int = 0, *, prefetch: int = 2) -> Iterator[tuple[Any, list[int]]]:

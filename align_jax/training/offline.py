@@ -1,6 +1,7 @@
 """What the offline algorithms share: from a config, records and a loss to a trained model."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax.data.batching import build_batch, round_up_to_bucket
+from align_jax.data.batching import (
+    build_batch,
+    example_size,
+    longest_row,
+    round_up_to_bucket,
+)
 from align_jax.data.chat import Example, encode_records
 from align_jax.data.formats import Record
 from align_jax.data.pipeline import Loader
@@ -97,7 +103,7 @@ def make_collate(
         lengths, targets = data.length_buckets, data.target_buckets
         build = lambda group: build_batch(  # noqa: E731
             group,
-            rows=min(data.rows or len(group), len(group)),
+            rows=_num_rows(data, len(group)),
             length_buckets=lengths,
             target_buckets=targets,
         )
@@ -118,6 +124,21 @@ def make_collate(
     return collate
 
 
+def _num_rows(data: ConfigDict, num_examples: int) -> int:
+    return min(data.rows or num_examples, num_examples)
+
+
+def _unaccumulated(data: ConfigDict) -> ConfigDict:
+    """`data` with micro-batches for batches: what runs by itself fits where they do."""
+    size = data.batch_size // data.accumulation
+    return ConfigDict(data.to_dict() | {"batch_size": size, "accumulation": 1})
+
+
+def by_length(examples: Sequence[Example]) -> np.ndarray:
+    """Places of examples, the shortest first: the order in which `score_responses` batches them."""
+    return np.argsort([example_size(example)[0] for example in examples], kind="stable")
+
+
 def score_responses(
     score: Callable[[dict[str, jax.Array]], jax.Array],
     mesh: Mesh,
@@ -129,12 +150,13 @@ def score_responses(
     """A number for every response, `[examples, K]` float32; similar lengths share a batch.
 
     `score` takes a batch and returns a replicated array of the numbers of its responses in order;
-    what is past them is left out.
+    what is past them is left out. Raises `DataError` as `check_lengths` does.
     """
-    collate = make_collate(ConfigDict(data.to_dict() | {"accumulation": 1}))
+    data = _unaccumulated(data)
+    collate = make_collate(data)
     responses = len(examples[0].responses)
-    lengths = [len(e.prompt) + sum(map(len, e.responses)) for e in examples]
-    order = np.argsort(lengths, kind="stable")
+    order = by_length(examples)
+    check_lengths(data, examples, order)
     out = np.zeros((len(examples), responses), np.float32)
     with (
         jax.set_mesh(mesh),
@@ -174,12 +196,28 @@ def check_context(config: ConfigDict, model: Transformer) -> None:
         )
 
 
-def check_lengths(data: ConfigDict, examples: Sequence[Example]) -> None:
-    """Raises `DataError` for an example that no bucket of `data` holds."""
-    responses = [sum(map(len, example.responses)) for example in examples]
-    longest = max(len(e.prompt) + length for e, length in zip(examples, responses))
-    round_up_to_bucket(longest, data.length_buckets)
-    round_up_to_bucket(max(responses), data.target_buckets, key="data.target_buckets")
+def check_lengths(data: ConfigDict, examples: Sequence[Example], order: Iterable[int]) -> None:
+    """Raises `DataError` for an example, or a row of packed ones, that no bucket of `data` holds.
+
+    `order` has the places of the examples as they come, micro-batch after micro-batch: it decides
+    which of them share a row, and is not read where none do.
+    """
+    sizes = [example_size(example) for example in examples]
+    if data.rows:
+        size, order, rows = data.batch_size // data.accumulation, iter(order), []
+        while group := [sizes[place] for place in itertools.islice(order, size)]:
+            rows.append(longest_row(group, rows=_num_rows(data, len(group))))
+        sizes = rows
+    tokens, targets = (max(parts) for parts in zip(*sizes))
+    round_up_to_bucket(tokens, data.length_buckets)
+    round_up_to_bucket(targets, data.target_buckets, key="data.target_buckets")
+
+
+def check_training_lengths(config: ConfigDict, examples: Sequence[Example], num_steps: int) -> None:
+    """`check_lengths` of every batch of a training, so that none ends it after hours."""
+    size = config.data.batch_size
+    loader = Loader(examples, batch_size=size, seed=config.seed, collate=list)
+    check_lengths(config.data, examples, loader.places(0, num_steps * size))
 
 
 def check(config: ConfigDict, directory: Path, model: Transformer, num_examples: int) -> int:
@@ -230,7 +268,7 @@ def train(
     """
     data = config.data
     num_steps = check(config, directory, model, len(examples))
-    check_lengths(data, examples)
+    check_training_lengths(config, examples, num_steps)
     loader = Loader(
         examples, batch_size=data.batch_size, seed=config.seed, collate=make_collate(data, attach)
     )
@@ -280,7 +318,7 @@ def evaluate(
     attach: Attach | None = None,
 ) -> dict[str, float]:
     """The loss and its metrics over all examples, in order, without training."""
-    data = ConfigDict(config.data.to_dict() | {"accumulation": 1})
+    data = _unaccumulated(config.data)
     collate = make_collate(data, attach)
     totals: dict[str, float] = {}
     run = jax.jit(loss_function)

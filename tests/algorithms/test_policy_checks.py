@@ -191,3 +191,6 @@ def test_a_text_that_no_bucket_holds_ends_a_run_before_its_first_iteration(new_t
         new_trainer(overrides | {"data.length_buckets": (8,)})
     with pytest.raises(DataError, match="of data.target_buckets"):
         new_trainer(overrides | {"data.target_buckets": (2,)})
+    new_trainer(overrides | {"data.length_buckets": (64,)})
+    with pytest.raises(DataError, match="if data.rows packs examples, raise it"):
+        new_trainer(overrides | {"data.length_buckets": (64,), "data.rows": 1})

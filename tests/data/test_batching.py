@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align_jax.data.batching import build_batch, round_up_to_bucket, separate_responses
+from align_jax.data.batching import (
+    build_batch,
+    example_size,
+    longest_row,
+    round_up_to_bucket,
+    separate_responses,
+)
 from align_jax.data.chat import Example
 from align_jax.data.formats import DataError
 
@@ -171,3 +177,14 @@ def test_widths_are_the_smallest_buckets():
     with pytest.raises(DataError, match="2 rows for 1 examples"):
         build_batch([one], rows=2, length_buckets=(16,), target_buckets=(8,))
     assert [round_up_to_bucket(n, (8, 4)) for n in (0, 4, 5, 8)] == [4, 4, 8, 8]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(_example, min_size=1, max_size=6), st.data())
+def test_the_longest_row_is_known_without_building_the_batch(examples, data):
+    rows = data.draw(st.integers(1, len(examples)))
+    batch = build_batch(examples, rows=rows, length_buckets=(10**4,), target_buckets=(10**4,))
+    tokens = (batch["segment_ids"] > 0).sum(1).max()
+    targets = (batch["target_mask"] > 0).sum(1).max()
+    sizes = [example_size(example) for example in examples]
+    assert longest_row(sizes, rows=rows) == (tokens, targets)

@@ -49,6 +49,12 @@ def test_the_batch_is_collated_from_the_examples_it_names():
     assert list(batch) == ids
 
 
+def test_places_are_those_of_the_batches():
+    loader = make()
+    ids = sum((loader.batch_at(8 + 4 * step)[1] for step in range(3)), [])
+    assert [EXAMPLES[place].id for place in loader.places(8, 12)] == ids
+
+
 @pytest.mark.parametrize("start", [0, 4, 8, 12, 40, 4000])
 def test_resuming_gives_the_batches_of_the_uninterrupted_run(start):
     loader = make()
