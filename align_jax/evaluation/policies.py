@@ -100,7 +100,7 @@ def with_log_probs_under(
         examples.append(Example.of_samples(start // per_prompt, prompt, responses))
     # Whatever was sampled fits: buckets bound what is trained on.
     longest = max(len(e.prompt) + sum(map(len, e.responses)) for e in examples)
-    settings = {"batch_size": 4, "rows": 0}
+    settings = {"batch_size": 4, "accumulation": 1, "rows": 0}
     for name in ("length_buckets", "target_buckets"):
         settings[name] = (*data[name], -(-longest // 8) * 8)
     data = ConfigDict(data.to_dict() | settings)
