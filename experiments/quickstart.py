@@ -6,7 +6,7 @@ of movie-review prefixes and VADER in place of a sentiment classifier. Run it wi
     launch/local.sh experiments/quickstart.py
     launch/local.sh experiments/quickstart.py --workdir=runs/seed1 --config.seed=1
 
-It takes 3.5 minutes on 2 cores after installation, and 4 GiB. On held-out openings:
+It takes 3.5 to 5 minutes on 2 cores after installation, and 4 GiB. On held-out openings:
 
     seed   mean VADER (base)        win rate   KL nats   distinct-2 (base)
     0      0.436 +- 0.058 (0.162)   0.697      1.79      0.882 (0.904)
