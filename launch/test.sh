@@ -9,6 +9,5 @@ cd "$root"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-# Compiling takes most of the time, and a core: two files at a time, each whole in one process. In their
-# order: by number of tests, the files that are one long test would come last, and one core wait.
-exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Compiling takes most of the time, and a core: two files at a time, each whole in one process.
+exec "$python" -m pytest -n 2 --dist loadfile "$@"
