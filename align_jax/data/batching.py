@@ -46,10 +46,14 @@ def round_up_to_bucket(
     return min(fitting)
 
 
+def num_tokens(example: Example) -> int:
+    """Tokens an example takes up in its row."""
+    return len(example.prompt) + sum(map(len, example.responses))
+
+
 def example_size(example: Example) -> tuple[int, int]:
     """`(tokens, targets)` an example takes up in its row."""
-    tokens = len(example.prompt) + sum(map(len, example.responses))
-    return tokens, sum(int(counts.sum()) for counts in _target_places(example))
+    return num_tokens(example), sum(int(counts.sum()) for counts in _target_places(example))
 
 
 def longest_row(sizes: Sequence[tuple[int, int]], *, rows: int) -> tuple[int, int]:
@@ -80,7 +84,7 @@ def build_batch(
     first_response = np.cumsum([0, *(len(example.responses) for example in examples)])
     response_row, response_end = np.zeros((2, first_response[-1]), np.int32)
     placed = [_Row() for _ in range(rows)]
-    assigned = _assign([example_size(example)[0] for example in examples], rows)
+    assigned = _assign([num_tokens(example) for example in examples], rows)
     for r, (row, members) in enumerate(zip(placed, assigned, strict=True)):
         for segment, index in enumerate(members, start=1):
             ends = row.add(examples[index], segment, int(first_response[index]))

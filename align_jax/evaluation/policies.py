@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from align_jax.data.batching import num_tokens
 from align_jax.data.chat import Example
 from align_jax.evaluation import statistics
 from align_jax.evaluation.report import write_report
@@ -99,7 +100,7 @@ def with_log_probs_under(
         prompt = group[0]["prompt_tokens"]
         examples.append(Example.of_samples(start // per_prompt, prompt, responses))
     # Whatever was sampled fits: buckets bound what is trained on.
-    longest = max(len(e.prompt) + sum(map(len, e.responses)) for e in examples)
+    longest = max(map(num_tokens, examples))
     settings = {"batch_size": 4, "accumulation": 1, "rows": 0}
     for name in ("length_buckets", "target_buckets"):
         settings[name] = (*data[name], -(-longest // 8) * 8)

@@ -14,6 +14,7 @@ from align_jax.data.batching import (
     build_batch,
     example_size,
     longest_row,
+    num_tokens,
     round_up_to_bucket,
 )
 from align_jax.data.chat import Example, encode_records
@@ -136,7 +137,7 @@ def _unaccumulated(data: ConfigDict) -> ConfigDict:
 
 def by_length(examples: Sequence[Example]) -> np.ndarray:
     """Places of examples, the shortest first: the order in which `score_responses` batches them."""
-    return np.argsort([example_size(example)[0] for example in examples], kind="stable")
+    return np.argsort([num_tokens(example) for example in examples], kind="stable")
 
 
 def score_responses(

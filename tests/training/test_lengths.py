@@ -18,14 +18,14 @@ def examples(make_examples):
     return make_examples(lengths.tolist())
 
 
-def config_of(accumulation, rows, lengths=(HUGE,), targets=(HUGE,)):
+def config_of(accumulation, rows):
     config = offline.default_offline_config()
     config.data = offline.default_data_config(
         batch_size=SIZE,
         accumulation=accumulation,
         rows=rows,
-        length_buckets=lengths,
-        target_buckets=targets,
+        length_buckets=(HUGE,),
+        target_buckets=(HUGE,),
     )
     return config
 
