@@ -1,4 +1,6 @@
-"""Run by test_policy_meshes.py under eight forced CPU devices: PPO, LoRA and online DPO on meshes.
+"""Run by test_policy_meshes.py under eight forced CPU devices: one method on meshes.
+
+policy_meshes.py SCRATCH METHOD
 
 A run goes on, too, on a mesh that its checkpoint was not saved on.
 """
@@ -82,21 +84,19 @@ def compare(name, found, expected):
                 assert close, (name, key, row[key], wanted[key])
 
 
-def main(scratch: pathlib.Path) -> None:
+def main(scratch: pathlib.Path, name: str) -> None:
     assert jax.device_count() == 8
     # Runs that go on compile again what those before them did.
     jax.config.update("jax_compilation_cache_dir", str(scratch / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    for number, (name, overrides) in enumerate(METHODS.items()):
-        folder = scratch / str(number)
-        folder.mkdir()
-        alone = train(folder / "alone", overrides, MESHES[0])
-        compare(name, train(folder / "2x2x2", overrides, MESHES[2]), alone)
-        if name == "ppo":
-            compare(name, train(folder / "1x8x1", overrides, MESHES[1]), alone)
-            train(folder / "moved", overrides, MESHES[0], iterations=1)
-            compare("moved", train(folder / "moved", overrides, MESHES[2]), alone)
+    overrides = METHODS[name]
+    alone = train(scratch / "alone", overrides, MESHES[0])
+    compare(name, train(scratch / "2x2x2", overrides, MESHES[2]), alone)
+    if name == "ppo":
+        compare(name, train(scratch / "1x8x1", overrides, MESHES[1]), alone)
+        train(scratch / "moved", overrides, MESHES[0], iterations=1)
+        compare("moved", train(scratch / "moved", overrides, MESHES[2]), alone)
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(pathlib.Path(sys.argv[1]), sys.argv[2])
