@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import tempfile
 
 import jax
 import pytest
@@ -21,6 +22,14 @@ jax.config.update("jax_disable_most_optimizations", True)
 if jax.__version_info__ < (0, 11, 1):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+
+# Runs that go on, and runs like others before them, compile the same again. A folder for each
+# worker, and the processes it starts: jax writes into it without a lock.
+COMPILED = tempfile.TemporaryDirectory(prefix="align_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 

@@ -86,9 +86,6 @@ def compare(name, found, expected):
 
 def main(scratch: pathlib.Path, name: str) -> None:
     assert jax.device_count() == 8
-    # Runs that go on compile again what those before them did.
-    jax.config.update("jax_compilation_cache_dir", str(scratch / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     overrides = METHODS[name]
     alone = train(scratch / "alone", overrides, MESHES[0])
     compare(name, train(scratch / "2x2x2", overrides, MESHES[2]), alone)

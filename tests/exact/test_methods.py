@@ -30,7 +30,8 @@ def world():
 
 
 @pytest.mark.parametrize(
-    "name", ["DPO", "IPO", pytest.param("robust DPO, 20% flipped", marks=pytest.mark.slow)]
+    "name",
+    ["DPO", *(pytest.param(m, marks=pytest.mark.slow) for m in ("robust DPO, 20% flipped", "IPO"))],
 )
 def test_comparisons_lead_to_the_limit_of_the_paper(world, name):
     landing = land(ALL[name], world)
@@ -41,9 +42,8 @@ def test_comparisons_lead_to_the_limit_of_the_paper(world, name):
 @pytest.mark.parametrize(
     "name",
     [
-        "REINFORCE",
         "PPO, 4 epochs, exact critic, GAE 0.95",
-        pytest.param("RLOO, K = 2", marks=pytest.mark.slow),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("REINFORCE", "RLOO, K = 2")),
     ],
 )
 def test_policy_gradients_reach_the_optimum(world, name):
