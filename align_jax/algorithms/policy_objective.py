@@ -3,6 +3,7 @@
 The methods and the fields of the config are told in `policy_gradient.py`, which runs them.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ from align_jax.models.heads import ScalarHead, ScalarModel, without_unembedding
 from align_jax.models.interchange import load_reward_model
 from align_jax.models.locate import locate
 from align_jax.models.transformer import Transformer
-from align_jax.rewards.model import member_directories
+from align_jax.rewards.base import Reward
+from align_jax.rewards.model import loaded_members, member_directories
 from align_jax.training import pretrained
 from align_jax.training.errors import RunError
 from align_jax.training.scoring import (
@@ -42,11 +44,11 @@ class Agent(NamedTuple):
     critic: ScalarModel | ScalarHead | None
 
 
-def new_agent(config: ConfigDict, model: Transformer, mesh: Mesh) -> Agent:
+def new_agent(config: ConfigDict, model: Transformer, mesh: Mesh, reward: Reward) -> Agent:
     """The policy, which starts as `model`, and its critic, before the first update.
 
     What is trained is in buffers of its own, for the train step consumes them; what is frozen is
-    shared.
+    shared, by a critic that starts as a model `reward` has read, with that.
 
     Raises:
       RunError: the reward model of `critic_init` cannot be read or has another vocabulary.
@@ -58,11 +60,16 @@ def new_agent(config: ConfigDict, model: Transformer, mesh: Mesh) -> Agent:
         return Agent(policy, ScalarHead(policy.config.hidden_size, key=None))
     if not config.critic_init:
         return Agent(policy, ScalarModel(without_unembedding(_own(model)), key=None))
-    settings = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    directory = critic_directory(config)
+    loaded = loaded_members(reward).get(directory.resolve())
     try:
-        critic, scale = load_reward_model(critic_directory(config), mesh=mesh, **settings)
+        start, scale = loaded or load_reward_model(directory, mesh=mesh)
     except ModelError as error:
         raise RunError(f"config.critic_init = {config.critic_init}: {error}") from error
+    critic = jax.tree.map(lambda x: x, start)
+    critic.transformer.config = dataclasses.replace(
+        start.config, compute_dtype=config.compute_dtype, remat=config.remat
+    )
     if critic.config.vocab_size != policy.config.vocab_size:
         raise RunError(
             f"config.critic_init = {config.critic_init} has {critic.config.vocab_size} tokens, "
@@ -73,6 +80,8 @@ def new_agent(config: ConfigDict, model: Transformer, mesh: Mesh) -> Agent:
     head.head_kernel[...] = scale.gain * head.head_kernel[...]
     head.head_bias[...] = scale.gain * head.head_bias[...] + scale.bias
     critic.transformer = pretrained.with_adapters(config, critic.transformer, mesh)
+    if loaded:
+        critic.transformer = _own(critic.transformer)
     return Agent(policy, critic)
 
 

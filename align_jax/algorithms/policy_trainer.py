@@ -93,7 +93,7 @@ class Trainer:
         """Trains to the end, from where the run stopped; the last iteration's metrics."""
         config = self.config
         model, self.model = self._start(), None
-        agent = new_agent(config, model, self.mesh)
+        agent = new_agent(config, model, self.mesh, self.reward)
         del model
         optimizer = make_optimizer(config.optimizer, self.updates)
         shapes = jax.eval_shape(lambda a: (a, optimizer.init(a)), partition(agent)[0])
@@ -304,24 +304,28 @@ class Trainer:
         """`epochs` passes over the completions, each in its own order."""
         config, steps = self.config, []
         accumulation = config.data.accumulation
-        on_policy = True
+        minibatches: list[np.ndarray] = []
         for epoch in range(config.epochs):
             # Of its own kind of key: the order of the prompts in the data has (seed, epoch).
             order = permutation(
                 len(rollout.prompts), config.seed + 2**32, iteration * config.epochs + epoch
             )
-            for groups in np.split(order, config.minibatches):
-                weighted = values | self._weights(rollout, values, groups, on_policy)
-                batch = online.rollout_batch(rollout, groups, weighted, layout, parts=accumulation)
-                if self.text is not None:
-                    batch |= self._text_batch(memory)
-                    memory = memory | {"next_text": memory["next_text"] + self.text.batch_size}
-                placed = place_batch(batch, self.mesh, accumulated=accumulation > 1)
-                state, metrics = self.step(state, placed)
-                steps.append(metrics)
-                on_policy = False
-                if 0 < config.max_approx_kl < float(metrics["policy/approxkl_avg"]):
-                    return state, memory, _floats(steps)
+            minibatches += np.split(order, config.minibatches)
+        # All before the first update: on the device, each would wait for the update before it.
+        weights = [
+            self._weights(rollout, values, groups, on_policy=number == 0)
+            for number, groups in enumerate(minibatches)
+        ]
+        for groups, own in zip(minibatches, weights):
+            batch = online.rollout_batch(rollout, groups, values | own, layout, parts=accumulation)
+            if self.text is not None:
+                batch |= self._text_batch(memory)
+                memory = memory | {"next_text": memory["next_text"] + self.text.batch_size}
+            placed = place_batch(batch, self.mesh, accumulated=accumulation > 1)
+            state, metrics = self.step(state, placed)
+            steps.append(metrics)
+            if 0 < config.max_approx_kl < float(metrics["policy/approxkl_avg"]):
+                break
         return state, memory, _floats(steps)
 
     def _weights(self, rollout, values, groups, on_policy) -> dict[str, np.ndarray]:

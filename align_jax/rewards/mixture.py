@@ -15,25 +15,26 @@ from align_jax.losses.policy_gradient import whiten
 from align_jax.rewards.base import Records, Reward, RewardError, check_records, checked_scores
 
 
-class _Combined:
-    """What both share.
+class Combined:
+    """What rewards made of rewards share.
 
     Attributes:
+      rewards: the components by name.
       relative: whether scores depend on what else is scored in the call.
     """
 
     def __init__(self, rewards: Mapping[str, Reward], *, relative: bool):
-        self._rewards = dict(rewards)
+        self.rewards = dict(rewards)
         self.relative = relative or any(getattr(r, "relative", False) for r in rewards.values())
 
     def check_records(self, records: Records) -> None:
-        for reward in self._rewards.values():
+        for reward in self.rewards.values():
             check_records(reward, records)
 
     def components(self, records: Records, completions: Sequence[str]) -> dict[str, np.ndarray]:
         """The score of each component, `[N]` float32, before any standardisation."""
         out = {}
-        for name, reward in self._rewards.items():
+        for name, reward in self.rewards.items():
             try:
                 out[name] = checked_scores(reward, records, completions)
             except RewardError as error:
@@ -47,7 +48,7 @@ class _Combined:
         return self.combine(self.components(records, completions), records)
 
 
-class Mixture(_Combined):
+class Mixture(Combined):
     """A weighted sum, `sum_k w_k r_k(x, y)`; `[N]` float32.
 
     Args:
@@ -82,7 +83,7 @@ class Mixture(_Combined):
         return total.astype(np.float32)
 
 
-class SafetyGated(_Combined):
+class SafetyGated(Combined):
     """Llama 2's reward: safety where it matters, helpfulness elsewhere; `[N]` float32.
 
         R_c = R_s   if is_safety(prompt) or R_s < threshold,   else R_h

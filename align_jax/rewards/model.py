@@ -20,6 +20,8 @@ from align_jax.models.families import ModelError
 from align_jax.models.heads import RewardScale, ScalarModel, response_scores
 from align_jax.models.interchange import load_reward_model, load_tokenizer
 from align_jax.models.locate import read_json
+from align_jax.rewards.base import Reward
+from align_jax.rewards.mixture import Combined
 
 # Where a run of the algorithm `reward_model` leaves what it made.
 DIRECTORY = "reward_model"
@@ -43,6 +45,7 @@ class RewardModel:
         arXiv:1706.03741, section 2.2.3).
       tokenizer: the members'.
       mesh: on which the members lie, if on one.
+      directories: where each member was read.
 
     Attributes:
       components: None, but of an ensemble the function that `base.scores_and_components` asks: the
@@ -56,8 +59,10 @@ class RewardModel:
         tokenizer: Any,
         *,
         mesh: Mesh | None = None,
+        directories: Sequence[Path] = (),
     ):
         self.members = list(members)
+        self.directories = list(directories)
         self.tokenizer = tokenizer
         self._mesh = mesh
         self.components = self._components if len(self.members) > 1 else None
@@ -87,7 +92,7 @@ class RewardModel:
         folders = member_directories(path)
         settings = {"mesh": mesh, "compute_dtype": compute_dtype or "float32"}
         members = [load_reward_model(folder, **settings) for folder in folders]
-        return cls(members, load_tokenizer(folders[0]), mesh=mesh)
+        return cls(members, load_tokenizer(folders[0]), mesh=mesh, directories=folders)
 
     def __call__(
         self, records: Sequence[Mapping[str, Any]], completions: Sequence[str]
@@ -179,6 +184,14 @@ class RewardModel:
                     scalars = np.asarray(self._score(model, batch))
                     out[chosen] = scalars[: len(chosen)]
         return out
+
+
+def loaded_members(reward: Reward) -> dict[Path, tuple[ScalarModel, RewardScale]]:
+    """The reward models a reward has read, or those it is made of, by resolved directory."""
+    if isinstance(reward, RewardModel):
+        return {d.resolve(): one for d, one in zip(reward.directories, reward.members)}
+    components = reward.rewards.values() if isinstance(reward, Combined) else ()
+    return {d: one for component in components for d, one in loaded_members(component).items()}
 
 
 def member_directories(path: str | os.PathLike) -> list[Path]:

@@ -1,6 +1,7 @@
 """What a policy-gradient config must not say, and what it must be able to say."""
 
 import json
+import operator
 import shutil
 import types
 
@@ -13,8 +14,11 @@ from align_jax.algorithms import policy_gradient, policy_trainer
 from align_jax.algorithms.policy_checks import check
 from align_jax.algorithms.policy_objective import critic_directory, new_agent
 from align_jax.data.formats import DataError
+from align_jax.distributed.mesh import make_mesh
 from align_jax.models.export import save_reward_model
 from align_jax.models.heads import RewardScale, ScalarModel
+from align_jax.rewards.configured import make_reward
+from align_jax.rewards.model import RewardModel
 from align_jax.training import checkpoint, pretrained
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.errors import RunError
@@ -99,7 +103,7 @@ def test_the_critic_may_start_from_the_directory_of_a_run_as_the_reward_may(
     tokens = jnp.arange(10, 20)[None]
     for path in (folder / "one", folder / "one/reward_model", folder / "ensemble/reward_model/1"):
         trainer, _ = new_trainer({"critic_init": str(path)})
-        agent = new_agent(trainer.config, trainer.model, trainer.mesh)
+        agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.reward)
         np.testing.assert_allclose(
             agent.critic(tokens), 2.0 * model(tokens) + 0.5, rtol=1e-4, atol=1e-5
         )
@@ -126,7 +130,33 @@ def test_a_model_without_a_scalar_head_is_no_critic_and_the_key_is_named(new_tra
     trainer, _ = new_trainer({"critic_init": "tiny"})
     assert str(critic_directory(trainer.config)) == "tiny"
     with pytest.raises(RunError, match="config.critic_init = tiny: tiny is not a reward model"):
-        new_agent(trainer.config, trainer.model, trainer.mesh)
+        new_agent(trainer.config, trainer.model, trainer.mesh, trainer.reward)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_critic_from_the_rewards_own_model_shares_what_is_frozen(
+    tiny_config, reward_runs, base, rank
+):
+    folder, model = reward_runs
+    parts = {"one": {"weight": 1.0, "reward": {"kind": "model", "path": str(folder / "one")}}}
+    reward = make_reward({"kind": "mixture", "components": parts}, mesh=make_mesh())
+    scores = reward([{"prompt": "a"}], ["b"])
+    overrides = {"critic_init": str(folder / "one/reward_model"), "lora.rank": rank}
+    config = tiny_config("ppo", overrides | {"remat": "linear"})
+    policy = pretrained.with_adapters(config, base, make_mesh())
+    agent = new_agent(config, policy, make_mesh(), reward)
+    (scorer, _) = reward.rewards["one"].members[0]
+    for name in ("embedding", "blocks.mlp.up", "final_norm.scale"):
+        own, scoring = (
+            operator.attrgetter(name)(m.transformer)[...] for m in (agent.critic, scorer)
+        )
+        shared = own.unsafe_buffer_pointer() == scoring.unsafe_buffer_pointer()
+        assert shared == (rank > 0), name
+    assert agent.critic.config.remat == "linear" and scorer.config.remat == "none"
+    tokens = jnp.arange(10, 20)[None]
+    expected = 2.0 * model(tokens) + 0.5
+    np.testing.assert_allclose(agent.critic(tokens), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(reward([{"prompt": "a"}], ["b"]), scores)
 
 
 def test_with_adapters_the_critic_has_adapters_too_and_its_base_is_kept(
@@ -139,9 +169,11 @@ def test_with_adapters_the_critic_has_adapters_too_and_its_base_is_kept(
     adapted = pretrained.with_adapters(config, base, pretrained.open_mesh(config))
 
     def critic_of(trainer):
-        return new_agent(trainer.config, adapted, trainer.mesh).critic
+        return new_agent(trainer.config, adapted, trainer.mesh, trainer.reward).critic
 
-    trainer, directory = new_trainer(overrides, model=adapted)
+    # Its frozen weights are the critic's, too, and outlive every update.
+    reward = RewardModel.load(start, mesh=pretrained.open_mesh(config))
+    trainer, directory = new_trainer(overrides, model=adapted, reward=reward)
     tokens = jnp.arange(10, 20)[None]
     expected = 2.0 * model(tokens) + 0.5
     np.testing.assert_allclose(critic_of(trainer)(tokens), expected, rtol=1e-4, atol=1e-5)
@@ -157,7 +189,7 @@ def test_with_adapters_the_critic_has_adapters_too_and_its_base_is_kept(
     moments = [name for name in saved["optimizer"] if "count" not in name]
     assert len(moments) == 2 * (2 * len(adapters) + len(head))
 
-    again, _ = new_trainer(overrides | {"num_iterations": 2}, model=adapted)
+    again, _ = new_trainer(overrides | {"num_iterations": 2}, model=adapted, reward=reward)
     assert again.fit()["episode"] == 16  # it goes on from there
     other = ScalarModel(other_model(base), key=jax.random.key(2))
     shutil.rmtree(start)

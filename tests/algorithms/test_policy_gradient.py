@@ -72,7 +72,7 @@ def test_a_completion_is_valued_the_same_alone_and_among_others(new_trainer, bas
     out = []
     for minibatches in (1, 8):
         trainer, _ = new_trainer({"minibatches": minibatches}, model=other_model(base))
-        agent = new_agent(trainer.config, trainer.model, trainer.mesh)
+        agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.reward)
         agent.critic.head.head_kernel[...] = jax.random.normal(jax.random.key(0), (32,))
         memory = {"next_prompt": 0}
         _, rollout, _, _ = trainer.collect(agent.model, memory, 0)
@@ -314,7 +314,7 @@ def test_the_critic_may_start_as_the_reward_model(new_trainer, base, tokenizer, 
     model = ScalarModel(base, key=jax.random.key(1))
     save_reward_model(model, tokenizer, tmp_path / "rm", scale=RewardScale(gain=2.0, bias=0.5))
     trainer, _ = new_trainer({"critic_init": str(tmp_path / "rm")})
-    agent = new_agent(trainer.config, trainer.model, trainer.mesh)
+    agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.reward)
     tokens = jnp.arange(10, 20)[None]
     np.testing.assert_allclose(
         agent.critic(tokens), 2.0 * model(tokens) + 0.5, rtol=1e-4, atol=1e-5
@@ -323,7 +323,7 @@ def test_the_critic_may_start_as_the_reward_model(new_trainer, base, tokenizer, 
 
 def test_a_separate_critic_starts_at_0_on_the_policys_trunk(new_trainer, base):
     trainer, _ = new_trainer()
-    agent = new_agent(trainer.config, trainer.model, trainer.mesh)
+    agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.reward)
     tokens = jnp.arange(10, 20)[None]
     assert isinstance(agent.model, Transformer) and not np.any(agent.critic(tokens))
     np.testing.assert_array_equal(agent.critic.transformer(tokens), base(tokens))
