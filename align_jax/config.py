@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from align_jax.training.errors import RunError
+from align_jax.errors import RunError
 
 SCALES = ("tiny", "small", "paper")
 

@@ -26,11 +26,8 @@ def main(argv: list[str] | None = None) -> int:
         wrong = (unknown or overrides)[0]
         return _fail(f"unknown argument {wrong!r}; see `align-jax {arguments.command} --help`.")
 
-    from align_jax.data.formats import DataError
-    from align_jax.models.families import ModelError
-    from align_jax.rewards.base import RewardError
-    from align_jax.training.errors import RunError
-    from align_jax.training.loop import Interrupted
+    from align_jax.errors import DataError, ModelError, RewardError, RunError
+    from align_jax.training.signals import Interrupted
 
     # Orbax logs with a traceback what it then raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -122,10 +119,10 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
     import jax
 
-    from align_jax.data.chat import encode_record
-    from align_jax.data.formats import parse_record
+    from align_jax.data.records import parse_record
+    from align_jax.data.tokenise import encode_record
+    from align_jax.errors import RunError
     from align_jax.generation import generate
-    from align_jax.training.errors import RunError
 
     model, tokenizer = _open(arguments.model)
     prompt: Any = arguments.prompt
@@ -155,7 +152,7 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     from align_jax.algorithms import OF_OWN_SAMPLES, algorithm_of
-    from align_jax.training.errors import RunError
+    from align_jax.errors import RunError
     from align_jax.training.workdir import Workdir
 
     config = _run_config(arguments.workdir)
@@ -186,7 +183,7 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> None:
 def _run_config(workdir: str | os.PathLike) -> Any:
     from ml_collections import ConfigDict
 
-    from align_jax.training.errors import RunError
+    from align_jax.errors import RunError
     from align_jax.training.workdir import read_config
 
     content = read_config(workdir)
@@ -199,9 +196,9 @@ def _run_config(workdir: str | os.PathLike) -> Any:
 
 def _open(path: str) -> tuple[Any, Any]:
     """Model and tokenizer of a workdir, or of anything `load_model` reads."""
+    from align_jax.errors import RunError
     from align_jax.models.interchange import load_model, load_tokenizer
     from align_jax.training import pretrained
-    from align_jax.training.errors import RunError
 
     found = pretrained.run_at(path)
     if found is None:

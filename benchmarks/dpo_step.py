@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from align_jax.data import batching, dataset
+
 # What launch/local.sh sets; the peer gets it too.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -95,8 +97,8 @@ def _real_tokens(batch: list[dict]) -> int:
 
 def _prepare(arguments: argparse.Namespace, folder: Path) -> list[list[dict]]:
     """Token ids for both sides, and the model as a directory that transformers loads."""
-    from align_jax.data.chat import encode_records
     from align_jax.data.sources import load_records
+    from align_jax.data.tokenise import encode_records
     from align_jax.models.interchange import load_model, load_tokenizer, save_model
 
     tokenizer = load_tokenizer("smollm2")
@@ -148,18 +150,19 @@ def _ours(folder: Path):
     import numpy as np
 
     from align_jax.algorithms import preference
-    from align_jax.data.chat import Example
+    from align_jax.data.tokenise import Example
     from align_jax.training import offline, pretrained
     from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
     from align_jax.training.reference import compute_log_probs
-    from align_jax.training.step import init_state, make_train_step, place_batch
+    from align_jax.training.state import init_state
+    from align_jax.training.step import make_train_step, place_batch
 
     config = offline.default_offline_config()
     config.update(loss="dpo", beta=0.1, model=str(folder / "model"))
     config.optimizer = default_optimizer_config(learning_rate=1e-6)
     batches = json.loads((folder / "batches.json").read_text())
     buckets = tuple(range(32, 1024, 32))
-    config.data = offline.default_data_config(
+    config.data = dataset.default_data_config(
         batch_size=len(batches[0]), rows=2, length_buckets=buckets, target_buckets=buckets
     )
     examples = []
@@ -173,7 +176,7 @@ def _ours(folder: Path):
     model, mesh = pretrained.open_model(config)
     reference = compute_log_probs(model, mesh, examples, config.data)
     attach = preference.attach_reference(examples, reference)
-    collate = offline.make_collate(config.data, attach)
+    collate = batching.make_collate(config.data, attach)
     optimizer = make_optimizer(config.optimizer, len(batches))
     state = init_state(model, optimizer, mesh)
     del model

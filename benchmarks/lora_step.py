@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 
+from align_jax.data import batching, dataset
+
 MODEL, PAIRS, PROMPT, RESPONSE, STEPS = "smollm2", 4, 128, 64, 5
 RANKS = (0, 16)  # 0: every parameter
 
@@ -38,18 +40,19 @@ def measure(rank: int) -> dict[str, float]:
     import numpy as np
 
     from align_jax.algorithms import preference
-    from align_jax.data.chat import Example
+    from align_jax.data.tokenise import Example
     from align_jax.models.frozen import partition
     from align_jax.training import offline, pretrained
     from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
-    from align_jax.training.step import init_state, make_train_step, place_batch
+    from align_jax.training.state import init_state
+    from align_jax.training.step import make_train_step, place_batch
 
     config = offline.default_offline_config()
     config.update(loss="dpo", beta=0.1, model=MODEL)
     config.lora.rank = rank
     config.optimizer = default_optimizer_config(learning_rate=1e-6)
     length = PROMPT + 2 * RESPONSE
-    config.data = offline.default_data_config(
+    config.data = dataset.default_data_config(
         batch_size=PAIRS,
         max_length=length,
         length_buckets=(length,),
@@ -62,7 +65,7 @@ def measure(rank: int) -> dict[str, float]:
         Example(i, draw(PROMPT), (draw(RESPONSE), draw(RESPONSE)), masks, {}) for i in range(PAIRS)
     ]
     reference = np.full((PAIRS, 2), -600.0, np.float32)
-    collate = offline.make_collate(config.data, preference.attach_reference(examples, reference))
+    collate = batching.make_collate(config.data, preference.attach_reference(examples, reference))
     model, mesh = pretrained.open_model(config)
     trained = sum(leaf.size for leaf in jax.tree.leaves(partition(model)[0]))
     optimizer = make_optimizer(config.optimizer, STEPS)

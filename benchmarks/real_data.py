@@ -22,8 +22,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align_jax.data.formats import DataError, parse_record
-from align_jax.training.workdir import write_file
+from align_jax.data.records import parse_record
+from align_jax.errors import DataError
+from align_jax.files import write_file
 
 ROLES = {"prompter": "user", "human": "user", "gpt": "assistant"}
 

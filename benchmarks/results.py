@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from align_jax.training.workdir import write_file
+from align_jax.files import write_file
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,7 +23,8 @@ from results import ROOT, train, write_section
 
 from align_jax.config import load_config
 from align_jax.evaluation import figures, statistics
-from align_jax.training.workdir import Workdir, write_file
+from align_jax.files import write_file
+from align_jax.training.workdir import Workdir
 
 ONLINE = ["--config.data.limit=200", "--config.evaluation.base_samples=20"]
 # What a run of each method is, beside its KL coefficient; 20 iterations of 40 completions.

@@ -17,11 +17,11 @@ from pathlib import Path
 import jax
 
 from align_jax.data.builtin import review_openings
+from align_jax.files import write_file
 from align_jax.generation import generate
 from align_jax.models.interchange import load_model, load_tokenizer
+from align_jax.progress import progress
 from align_jax.rewards.rules import vader_sentiment
-from align_jax.training.metrics import progress
-from align_jax.training.workdir import write_file
 
 SAMPLES = 4
 BATCH = 40  # openings decoded together

@@ -44,8 +44,8 @@ from align_jax.algorithms.policy_gradient import default_policy_gradient_config
 from align_jax.algorithms.reward_model import default_reward_model_config
 from align_jax.algorithms.stages import make_stages_config
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config
-from align_jax.training.online import default_sampling_config
+from align_jax.data.dataset import default_data_config
+from align_jax.generation.rollout import default_sampling_config
 from align_jax.training.optimizer import default_optimizer_config
 
 DATA = PROMPTS = "builtin:tiny_chat_preferences"

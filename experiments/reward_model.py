@@ -42,7 +42,7 @@ from ml_collections import ConfigDict
 
 from align_jax.algorithms.reward_model import default_reward_model_config
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config
+from align_jax.data.dataset import default_data_config
 from align_jax.training.optimizer import default_optimizer_config
 
 

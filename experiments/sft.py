@@ -15,7 +15,8 @@ the comments in it say; it has not been run.
 from ml_collections import ConfigDict
 
 from align_jax.config import parse_scale
-from align_jax.training.offline import default_data_config, default_offline_config
+from align_jax.data.dataset import default_data_config
+from align_jax.training.offline import default_offline_config
 from align_jax.training.optimizer import default_optimizer_config
 
 

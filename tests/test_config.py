@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from align_jax.config import load_config, parse_scale
-from align_jax.training.errors import RunError
+from align_jax.errors import RunError
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 DPO = f"{EXPERIMENTS / 'dpo.py'}:scale=tiny"

@@ -7,10 +7,8 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from align_jax.data.formats import DataError
 from align_jax.data.sources import load_as_configured
-from align_jax.rewards.base import RewardError
-from align_jax.training.errors import RunError
+from align_jax.errors import DataError, RewardError, RunError
 
 # What a run reads: a source, the kind of its records, and the `data` config it is read by.
 Source = tuple[str, str, ConfigDict]

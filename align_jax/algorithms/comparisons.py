@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from align_jax.data.chat import Example
-from align_jax.data.formats import Record
+from align_jax.data import dataset
+from align_jax.data.records import Record
 from align_jax.data.sources import load_as_configured
-from align_jax.training import offline
-from align_jax.training.errors import RunError
+from align_jax.data.tokenise import Example
+from align_jax.errors import RunError
 
 # Margins by preference strength (Touvron et al. 2023, appendix A.3.3, table 27): significantly
 # better, better, slightly better, negligibly better or unsure.
@@ -65,7 +65,7 @@ def _to_judge(
 def _load(config: ConfigDict, source: str, tokenizer: Any) -> tuple[list[Record], list[Example]]:
     kind = comparisons_kind(config)
     records = load_as_configured(config.data, source, kind=kind)
-    return records, offline.tokenised(config.data, records, tokenizer, kind=kind)
+    return records, dataset.tokenised(config.data, records, tokenizer, kind=kind)
 
 
 def comparisons_kind(config: ConfigDict) -> str:

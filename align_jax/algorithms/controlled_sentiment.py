@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 
 from align_jax.algorithms import Source, preference
 from align_jax.data.builtin import review_openings
-from align_jax.data.chat import Example
+from align_jax.data.tokenise import Example
+from align_jax.errors import RunError
 from align_jax.evaluation.policies import (
     DISTINCT_SAMPLES,
     Sample,
@@ -35,7 +36,6 @@ from align_jax.evaluation.report import format_summary
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.rules import RULES
 from align_jax.training import offline, pretrained
-from align_jax.training.errors import RunError
 from align_jax.training.phases import Phases
 from align_jax.training.workdir import Workdir
 

@@ -42,16 +42,17 @@ from align_jax.algorithms import (
     reward_model,
     reward_normalization,
 )
-from align_jax.data.pipeline import permutation
+from align_jax.data.loader import permutation
 from align_jax.data.sources import load_as_configured
+from align_jax.errors import RunError
 from align_jax.evaluation.policies import draw_samples
+from align_jax.files import write_file
 from align_jax.rewards.base import Comparer, checked_probabilities
 from align_jax.rewards.configured import check_comparer, make_comparer
 from align_jax.training import pretrained
 from align_jax.training.checkpoint import Checkpointer
-from align_jax.training.errors import RunError
 from align_jax.training.phases import Phases
-from align_jax.training.workdir import Workdir, write_file
+from align_jax.training.workdir import Workdir
 
 # Fields that every comparer's config has, for the command line to change, and whose they are.
 _KIND_OF_FIELD = {"reward": "oracle", "model": "judge"}

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
+from align_jax.errors import RunError
 from align_jax.losses import preference as losses
-from align_jax.training.errors import RunError
 
 Array = jax.Array
 

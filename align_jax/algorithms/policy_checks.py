@@ -5,9 +5,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from align_jax.errors import RunError
 from align_jax.evaluation.policies import DISTINCT_SAMPLES
 from align_jax.rewards.configured import check_reward
-from align_jax.training.errors import RunError
 from align_jax.training.optimizer import make_schedule
 
 CHOICES = {

@@ -40,9 +40,10 @@ from align_jax.algorithms import Source
 from align_jax.algorithms.policy_checks import check
 from align_jax.algorithms.policy_objective import critic_directory
 from align_jax.algorithms.policy_trainer import Trainer
-from align_jax.data.chat import Example, encode_records
-from align_jax.data.formats import Record
+from align_jax.data.records import Record
 from align_jax.data.sources import load_as_configured
+from align_jax.data.tokenise import Example, encode_records
+from align_jax.errors import ModelError, RunError
 from align_jax.evaluation.policies import (
     Sample,
     draw_samples,
@@ -51,15 +52,14 @@ from align_jax.evaluation.policies import (
     write_comparison,
 )
 from align_jax.evaluation.report import format_summary
-from align_jax.models.families import ModelError
+from align_jax.generation import rollout as rollouts
+from align_jax.generation.rollout import default_sampling_config
 from align_jax.models.locate import locate
 from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import check_records, checked_scores
 from align_jax.rewards.configured import make_reward
-from align_jax.training import offline, online, pretrained
-from align_jax.training.errors import RunError
-from align_jax.training.online import default_sampling_config
+from align_jax.training import offline, pretrained
 from align_jax.training.phases import Phases
 from align_jax.training.workdir import Workdir
 
@@ -169,7 +169,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     check(config)
     tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     sampling, held_out = config.sampling, config.evaluation
-    online.stop_tokens(tokenizer, sampling)
+    rollouts.stop_tokens(tokenizer, sampling)
     load = lambda source: load_prompts(  # noqa: E731
         config.data, source, tokenizer, max_new_tokens=sampling.max_new_tokens
     )

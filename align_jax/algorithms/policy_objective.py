@@ -14,9 +14,9 @@ from jax.lax import stop_gradient
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from align_jax.errors import ModelError, RunError
 from align_jax.losses import policy_gradient as pg
 from align_jax.losses.preference import dpo_loss
-from align_jax.models.families import ModelError
 from align_jax.models.frozen import combine, partition
 from align_jax.models.heads import ScalarHead, ScalarModel, without_unembedding
 from align_jax.models.interchange import load_reward_model
@@ -25,7 +25,6 @@ from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import Reward
 from align_jax.rewards.model import loaded_members, member_directories
 from align_jax.training import pretrained
-from align_jax.training.errors import RunError
 from align_jax.training.scoring import (
     by_response,
     log_probs_from_states,
@@ -225,7 +224,7 @@ def pair_weights(scores: np.ndarray, samples: int) -> np.ndarray:
 def make_loss(config: ConfigDict) -> LossFunction:
     """The loss of a micro-batch of completions, already divided by what the whole minibatch holds.
 
-    Beside the rows of `training/online.rollout_batch` a batch has, `[N,T]`: `mask`,
+    Beside the rows of `training/rollouts.rollout_batch` a batch has, `[N,T]`: `mask`,
     `old_log_probs`, `ref_log_probs`, `advantages`, `weights` (of the policy's loss),
     `mean_weights` (1 over the tokens of the minibatch) and, with a critic, `old_values` and
     `returns`; `[N]`: `pairs`, `pair_weights`, `on_policy` and `kl_coefficient`.

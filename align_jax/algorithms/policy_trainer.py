@@ -24,23 +24,27 @@ from align_jax.algorithms.policy_objective import (
     token_weights,
     with_missing_eos,
 )
-from align_jax.data.chat import Example
-from align_jax.data.formats import Record
-from align_jax.data.pipeline import Loader, permutation
+from align_jax.data import batching, dataset
+from align_jax.data.loader import Loader, permutation
+from align_jax.data.records import Record
+from align_jax.data.tokenise import Example
 from align_jax.distributed.partitioning import replicated
+from align_jax.errors import RunError
+from align_jax.files import write_file
+from align_jax.generation import rollout as rollouts
+from align_jax.generation.rollout import Rollout
 from align_jax.losses import policy_gradient as pg
 from align_jax.models.frozen import partition
 from align_jax.models.heads import ScalarHead
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import Reward, scores_and_components
-from align_jax.training import offline, online, pretrained
+from align_jax.training import online, pretrained
 from align_jax.training.checkpoint import Checkpointer, require_space
-from align_jax.training.errors import RunError
 from align_jax.training.metrics import MetricWriter, read_metrics
-from align_jax.training.online import Memory, Rollout
+from align_jax.training.online import Memory
 from align_jax.training.optimizer import make_optimizer, make_schedule
-from align_jax.training.step import TrainState, init_state, make_train_step, place_batch
-from align_jax.training.workdir import write_file
+from align_jax.training.state import TrainState, init_state
+from align_jax.training.step import make_train_step, place_batch
 
 
 class Trainer:
@@ -148,7 +152,7 @@ class Trainer:
         examples, rollout, scores, memory = self.collect(state.model.model, memory, iteration)
         raw = scores.pop("")
         sampled = time.monotonic()
-        layout = online.layout_of(rollout, config.data, longest_prompt=self.longest_prompt)
+        layout = rollouts.layout_of(rollout, config.data, longest_prompt=self.longest_prompt)
         values = self.evaluate_completions(state.model, rollout, layout)
         components, scores = scores, with_missing_eos(config, raw, rollout.ended)
         baseline = memory["baseline"]
@@ -241,7 +245,7 @@ class Trainer:
             next_prompt += wanted
             attempt_key = jax.random.fold_in(key, attempt)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(attempt_key, np.arange(wanted))
-            rollout = online.roll_out(
+            rollout = rollouts.roll_out(
                 policy,
                 self.mesh,
                 self.tokenizer,
@@ -268,7 +272,7 @@ class Trainer:
         )
 
     def evaluate_completions(
-        self, agent: Agent, rollout: Rollout, layout: online.Layout
+        self, agent: Agent, rollout: Rollout, layout: rollouts.Layout
     ) -> dict[str, np.ndarray]:
         """`old_log_probs`, `ref_log_probs`, `sampler_log_probs` and `old_values`, `[N,T]` each."""
         # Policy and reference go through one executable, so that equal models agree to the bit.
@@ -276,7 +280,7 @@ class Trainer:
         parts: list[dict[str, np.ndarray]] = []
         for start in range(0, len(rollout.prompts), self.micro):
             groups = range(start, start + self.micro)
-            batch = online.rollout_batch(rollout, groups, {}, layout)
+            batch = rollouts.rollout_batch(rollout, groups, {}, layout)
             with jax.set_mesh(self.mesh):
                 batch = place_batch(batch, self.mesh, accumulated=False)
                 own = self.score(Agent(agent.model, shared), batch)
@@ -297,7 +301,7 @@ class Trainer:
         state: TrainState,
         memory: Memory,
         rollout: Rollout,
-        layout: online.Layout,
+        layout: rollouts.Layout,
         values: dict[str, np.ndarray],
         iteration: int,
     ) -> tuple[TrainState, Memory, list[dict[str, float]]]:
@@ -317,7 +321,9 @@ class Trainer:
             for number, groups in enumerate(minibatches)
         ]
         for groups, own in zip(minibatches, weights):
-            batch = online.rollout_batch(rollout, groups, values | own, layout, parts=accumulation)
+            batch = rollouts.rollout_batch(
+                rollout, groups, values | own, layout, parts=accumulation
+            )
             if self.text is not None:
                 batch |= self._text_batch(memory)
                 memory = memory | {"next_text": memory["next_text"] + self.text.batch_size}
@@ -387,12 +393,12 @@ def _text_loader(config: ConfigDict, tokenizer: Any, updates: int) -> Loader | N
     if not config.ptx.source:
         return None
     data = _with(config.data, batch_size=config.ptx.batch_size, limit=0)
-    examples = offline.load_examples(data, config.ptx.source, tokenizer, kind="sft")
+    examples = dataset.load_examples(data, config.ptx.source, tokenizer, kind="sft")
     loader = Loader(
         examples,
         batch_size=data.batch_size,
         seed=config.seed + 2**33,
-        collate=offline.make_collate(data),
+        collate=batching.make_collate(data),
     )
-    offline.check_lengths(data, examples, loader.places(0, updates * data.batch_size))
+    batching.check_lengths(data, examples, loader.places(0, updates * data.batch_size))
     return loader

@@ -21,8 +21,9 @@ from ml_collections import ConfigDict
 
 from align_jax.algorithms import Source
 from align_jax.algorithms.pair_losses import LOSSES, make_pair_loss, needs_reference, reads
-from align_jax.data.chat import Example
-from align_jax.data.formats import DataError
+from align_jax.data import batching, dataset
+from align_jax.data.tokenise import Example
+from align_jax.errors import DataError
 from align_jax.losses.preference import wpo_weights
 from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
@@ -130,7 +131,7 @@ def _kind(config: ConfigDict) -> str:
 
 def load_pairs(config: ConfigDict, source: str, tokenizer: Any) -> list[Example]:
     """The examples of a source, each of two responses, as `config.loss` wants them."""
-    examples = offline.load_examples(config.data, source, tokenizer, kind=_kind(config))
+    examples = dataset.load_examples(config.data, source, tokenizer, kind=_kind(config))
     if config.loss == "kto":
         return with_mismatched(examples, config.data.max_length)
     if config.loss == "ld_dpo":
@@ -179,7 +180,7 @@ def desensitized(examples: Sequence[Example], alpha: float) -> list[Example]:
     ]
 
 
-def attach_reference(examples: Sequence[Example], log_probs: np.ndarray) -> offline.Attach:
+def attach_reference(examples: Sequence[Example], log_probs: np.ndarray) -> batching.Attach:
     """Gives every example's batch the reference's log-probabilities `[examples, 2]` of its pair.
 
     And, where its record has one, its label.
@@ -244,9 +245,9 @@ def _held_out(config, tokenizer) -> list[Example]:
     if not config.data.eval_source:
         return []
     examples = load_pairs(config, config.data.eval_source, tokenizer)
-    offline.check_lengths(config.data, examples, range(len(examples)))
+    batching.check_lengths(config.data, examples, range(len(examples)))
     if needs_reference(config.loss):
-        offline.check_lengths(config.data, examples, offline.by_length(examples))
+        batching.check_lengths(config.data, examples, batching.by_length(examples))
     return examples
 
 

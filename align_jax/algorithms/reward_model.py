@@ -37,11 +37,13 @@ from align_jax.algorithms.comparisons import (
     pairs_of,
     texts_of,
 )
-from align_jax.data.chat import Example
-from align_jax.data.formats import Record
-from align_jax.data.pipeline import sample_with_replacement
+from align_jax.data.loader import sample_with_replacement
+from align_jax.data.records import Record
+from align_jax.data.tokenise import Example
+from align_jax.errors import RunError
 from align_jax.evaluation.calibration import accuracy, calibrate
 from align_jax.evaluation.calibration_report import format_calibration, write_calibration_report
+from align_jax.files import write_json
 from align_jax.losses import ranking
 from align_jax.models.heads import (
     RewardScale,
@@ -50,12 +52,12 @@ from align_jax.models.heads import (
     without_unembedding,
 )
 from align_jax.models.interchange import save_reward_model
+from align_jax.progress import progress
 from align_jax.rewards.model import DIRECTORY, RewardModel
 from align_jax.training import offline, pretrained
-from align_jax.training.errors import RunError
-from align_jax.training.metrics import progress, read_metrics
+from align_jax.training.metrics import read_metrics
 from align_jax.training.step import Batch, LossFunction, LossSums
-from align_jax.training.workdir import Workdir, write_json
+from align_jax.training.workdir import Workdir
 
 LOSSES = ("pairwise", "best_of_k", "all_pairs", "plackett_luce")
 

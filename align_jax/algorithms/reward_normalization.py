@@ -11,15 +11,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from align_jax.algorithms import Source
-from align_jax.data.chat import encode_records
-from align_jax.data.formats import Record
+from align_jax.data.records import Record
 from align_jax.data.sources import load_as_configured
+from align_jax.data.tokenise import encode_records
+from align_jax.errors import RunError
+from align_jax.files import write_file
+from align_jax.generation.rollout import default_sampling_config, roll_out
 from align_jax.models.heads import RewardScale
+from align_jax.progress import progress
 from align_jax.training import pretrained
-from align_jax.training.errors import RunError
-from align_jax.training.metrics import progress
-from align_jax.training.online import default_sampling_config, roll_out
-from align_jax.training.workdir import Workdir, write_file
+from align_jax.training.workdir import Workdir
 
 KINDS = ("none", "mean_std", "mean")
 

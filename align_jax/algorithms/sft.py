@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from align_jax.algorithms import Source
-from align_jax.data.chat import Example
+from align_jax.data import batching, dataset
+from align_jax.data.tokenise import Example
 from align_jax.losses.log_probs import negative_log_likelihood
 from align_jax.models.transformer import Transformer
 from align_jax.training import offline, pretrained
@@ -45,7 +46,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Trains as configured; returns the summary."""
     check(config)
     tokenizer = pretrained.load_pretrained_tokenizer(config.model)
-    examples = offline.load_examples(config.data, config.data.source, tokenizer, kind=KIND)
+    examples = dataset.load_examples(config.data, config.data.source, tokenizer, kind=KIND)
     held_out = _held_out(config, tokenizer)
     model, mesh = pretrained.open_model(config)
     model = offline.train(config, workdir.path, model, mesh, examples, loss_sums, description="SFT")
@@ -63,8 +64,8 @@ def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 def _held_out(config, tokenizer) -> list[Example]:
     if not config.data.eval_source:
         return []
-    examples = offline.load_examples(config.data, config.data.eval_source, tokenizer, kind=KIND)
-    offline.check_lengths(config.data, examples, range(len(examples)))
+    examples = dataset.load_examples(config.data, config.data.eval_source, tokenizer, kind=KIND)
+    batching.check_lengths(config.data, examples, range(len(examples)))
     return examples
 
 

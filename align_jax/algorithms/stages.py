@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from align_jax.algorithms import Source, algorithm_of, errors_in, read_sources
-from align_jax.training.errors import RunError
+from align_jax.errors import RunError
 from align_jax.training.workdir import Workdir
 
 PREFIX = "stage:"

@@ -20,12 +20,14 @@ A prompt is there once for all its responses, and only positions with a target r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from align_jax.data.chat import Example
-from align_jax.data.formats import DataError
+from align_jax.data.tokenise import Example
+from align_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
 
@@ -187,3 +189,72 @@ def _assign(lengths: Sequence[int], rows: int) -> list[list[int]]:
         members[row].append(index)
         loads[row] += lengths[index]
     return members
+
+
+# Values of one example that travel with its batch: per response, in the order of its responses.
+Attach = Callable[[Example], dict[str, np.ndarray]]
+
+
+def make_collate(
+    data: ConfigDict, attach: Attach | None = None
+) -> Callable[[Sequence[Example]], dict[str, np.ndarray]]:
+    """A function from examples to a batch; with accumulation, micro-batches are its first axis."""
+    parts = data.accumulation
+
+    def collate(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        size = len(examples) // parts
+        groups = [examples[i : i + size] for i in range(0, len(examples), size)]
+        lengths, targets = data.length_buckets, data.target_buckets
+        build = lambda group: build_batch(  # noqa: E731
+            group,
+            rows=_num_rows(data, len(group)),
+            length_buckets=lengths,
+            target_buckets=targets,
+        )
+        batches = [build(group) for group in groups]
+        if len(batches) > 1:
+            # One shape for all micro-batches: the widest's.
+            lengths = (max(batch["tokens"].shape[1] for batch in batches),)
+            targets = (max(batch["targets"].shape[1] for batch in batches),)
+            batches = [build(group) for group in groups]
+        if attach is not None:
+            for batch, group in zip(batches, groups):
+                values = [attach(example) for example in group]
+                batch |= {name: np.concatenate([v[name] for v in values]) for name in values[0]}
+        if parts == 1:
+            return batches[0]
+        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    return collate
+
+
+def _num_rows(data: ConfigDict, num_examples: int) -> int:
+    return min(data.rows or num_examples, num_examples)
+
+
+def unaccumulated(data: ConfigDict) -> ConfigDict:
+    """`data` with micro-batches for batches: what runs by itself fits where they do."""
+    size = data.batch_size // data.accumulation
+    return ConfigDict(data.to_dict() | {"batch_size": size, "accumulation": 1})
+
+
+def by_length(examples: Sequence[Example]) -> np.ndarray:
+    """Places of examples, the shortest first: the order in which `score_responses` batches them."""
+    return np.argsort([num_tokens(example) for example in examples], kind="stable")
+
+
+def check_lengths(data: ConfigDict, examples: Sequence[Example], order: Iterable[int]) -> None:
+    """Raises `DataError` for an example, or a row of packed ones, that no bucket of `data` holds.
+
+    `order` has the places of the examples as they come, micro-batch after micro-batch: it decides
+    which of them share a row, and is not read where none do.
+    """
+    sizes = [example_size(example) for example in examples]
+    if data.rows:
+        size, order, rows = data.batch_size // data.accumulation, iter(order), []
+        while group := [sizes[place] for place in itertools.islice(order, size)]:
+            rows.append(longest_row(group, rows=_num_rows(data, len(group))))
+        sizes = rows
+    tokens, targets = (max(parts) for parts in zip(*sizes))
+    round_up_to_bucket(tokens, data.length_buckets)
+    round_up_to_bucket(targets, data.target_buckets, key="data.target_buckets")

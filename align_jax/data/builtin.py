@@ -12,8 +12,8 @@ import itertools
 import string
 from typing import Any
 
-from align_jax.data.formats import DataError
-from align_jax.data.pipeline import permutation
+from align_jax.data.loader import permutation
+from align_jax.errors import DataError
 
 _SLOTS = {
     "genre": ("western", "musical", "drama", "mystery", "biopic", "remake", "sequel", "cartoon"),

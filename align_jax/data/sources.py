@@ -25,7 +25,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from align_jax.data import builtin
-from align_jax.data.formats import OPTIONAL, REQUIRED, ROLES, DataError, Record, parse_record
+from align_jax.data.records import OPTIONAL, REQUIRED, ROLES, Record, parse_record
+from align_jax.errors import DataError
 
 FILE_TYPES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _INVALID = ("error", "drop")

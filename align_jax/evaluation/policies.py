@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from align_jax.data.batching import num_tokens
-from align_jax.data.chat import Example
+from align_jax.data.tokenise import Example
 from align_jax.evaluation import statistics
 from align_jax.evaluation.report import write_report
+from align_jax.generation.rollout import roll_out
 from align_jax.models.transformer import Transformer
+from align_jax.progress import progress
 from align_jax.rewards.base import Records, Reward, checked_scores
-from align_jax.training.metrics import progress, read_metrics
-from align_jax.training.online import roll_out
+from align_jax.training.metrics import read_metrics
 from align_jax.training.reference import compute_log_probs
 
 # Corpora are compared at this many samples a prompt: distinct-2 falls as a corpus grows.
@@ -43,7 +44,7 @@ def draw_samples(
 
     Args:
       records, prompts: the prompts, as the reward wants them and as token ids.
-      sampling: see `training.online.default_sampling_config`; `batch_samples` of a prompt are drawn
+      sampling: see `generation.rollout`; `batch_samples` of a prompt are drawn
         together.
     """
     size, together = sampling.batch_prompts or len(prompts), sampling.batch_samples or count

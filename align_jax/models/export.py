@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from align_jax.errors import ModelError
 from align_jax.models import families
-from align_jax.models.families import ModelError
 from align_jax.models.heads import RewardScale, ScalarModel, without_unembedding
 from align_jax.models.lora import merge_adapters
 from align_jax.models.transformer import Transformer

@@ -12,11 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
+from align_jax.errors import ModelError
 from align_jax.models.transformer import Transformer, TransformerConfig
-
-
-class ModelError(ValueError):
-    """A model or tokenizer that cannot be read or written; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)

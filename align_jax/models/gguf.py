@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from align_jax.models.families import ModelError
+from align_jax.errors import ModelError
 
 # Value types of the format -> struct codes; 8 is a string and 9 an array.
 _SCALARS = {

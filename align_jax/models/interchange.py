@@ -20,9 +20,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from align_jax.distributed.partitioning import named_sharding
+from align_jax.errors import ModelError
 from align_jax.models import families
 from align_jax.models.export import save_model, save_reward_model
-from align_jax.models.families import ModelError
 from align_jax.models.gguf import GGUFFile
 from align_jax.models.heads import RewardScale, ScalarModel
 from align_jax.models.locate import Location, locate, read_json

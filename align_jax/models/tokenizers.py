@@ -4,7 +4,7 @@ import os
 import pathlib
 from typing import TYPE_CHECKING
 
-from align_jax.models.families import ModelError
+from align_jax.errors import ModelError
 from align_jax.models.gguf import GGUFFile
 from align_jax.models.locate import locate, read_json
 

@@ -13,18 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from align_jax.data.formats import DataError
-from align_jax.models.families import ModelError
+from align_jax.errors import DataError, ModelError, RewardError
 
 Records = Sequence[Mapping[str, Any]]
 Reward = Callable[[Records, Sequence[str]], Any]
 Comparer = Callable[[Records, Sequence[str], Sequence[str]], Any]
 
 _SHOWN = 160  # characters of a prompt or a completion in a message
-
-
-class RewardError(ValueError):
-    """A reward that cannot be used; the message says which, where and what to do."""
 
 
 # Errors that say themselves what was wrong: passed on as they are.

@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from align_jax.data.formats import DataError
-from align_jax.models.families import ModelError
+from align_jax.errors import DataError, ModelError, RewardError
 from align_jax.rewards import rules
-from align_jax.rewards.base import Comparer, Reward, RewardError
+from align_jax.rewards.base import Comparer, Reward
 from align_jax.rewards.judge import (
     ANSWER,
     OPTIONS,

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from align_jax.data.chat import encode_records
+from align_jax.data.tokenise import encode_records
 from align_jax.distributed.partitioning import replicated
+from align_jax.errors import RewardError
 from align_jax.generation.sampler import prompt_bucket
 from align_jax.models.transformer import Transformer
-from align_jax.rewards.base import Records, Reward, RewardError, checked_scores, text_of
+from align_jax.rewards.base import Records, Reward, checked_scores, text_of
 
 TEMPLATE = """Here are a prompt and two responses to it.
 
@@ -145,7 +146,7 @@ class LanguageModelJudge:
         return out
 
     def _encode(self, asked: Sequence[tuple[Any, str]]) -> list[list[int]]:
-        """Tokens up to where the option stands, by the rules of `data/chat.py`."""
+        """Tokens up to where the option stands, by the rules of `data/tokenise.py`."""
         is_chat = bool(getattr(self._tokenizer, "chat_template", None))
         raw = [
             {

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from align_jax.errors import RewardError
 from align_jax.losses.policy_gradient import whiten
-from align_jax.rewards.base import Records, Reward, RewardError, check_records, checked_scores
+from align_jax.rewards.base import Records, Reward, check_records, checked_scores
 
 
 class Combined:

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from align_jax.data.batching import build_batch
-from align_jax.data.chat import Example, encode_records
-from align_jax.data.formats import parse_record
+from align_jax.data.records import parse_record
+from align_jax.data.tokenise import Example, encode_records
 from align_jax.distributed.partitioning import replicated
-from align_jax.models.families import ModelError
+from align_jax.errors import ModelError
 from align_jax.models.heads import RewardScale, ScalarModel, response_scores
 from align_jax.models.interchange import load_reward_model, load_tokenizer
 from align_jax.models.locate import read_json

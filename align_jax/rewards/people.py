@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from align_jax.data.sources import read_file
-from align_jax.rewards.base import Records, RewardError, text_of
+from align_jax.errors import RewardError
+from align_jax.rewards.base import Records, text_of
 
 PREFERRED = {"first": 1.0, "tie": 0.5, "second": 0.0}
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from align_jax.rewards.base import Records, Reward, RewardError
+from align_jax.errors import RewardError
+from align_jax.rewards.base import Records, Reward
 
 
 @functools.cache

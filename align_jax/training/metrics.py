@@ -3,16 +3,14 @@
 import json
 import math
 import os
-import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
-from align_jax.training.errors import RunError
+from align_jax.errors import RunError
 
 _FILE = "metrics.jsonl"
 _RESERVED = ("step", "wall_time")
@@ -143,44 +141,3 @@ def _start_wandb(workdir: Path, project: str):
         id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
     run_id = id_file.read_text(encoding="utf-8")
     return wandb.init(project=project, dir=str(workdir), id=run_id, resume="allow")
-
-
-class _Lines(tqdm):
-    """tqdm in a log file: a line at a time instead of one line overwritten."""
-
-    @staticmethod
-    def status_printer(file):
-        def print_status(status: str) -> None:
-            if not status.strip():
-                return
-            file.write(status.rstrip() + "\n")
-            file.flush()
-
-        return print_status
-
-    def close(self) -> None:
-        shown = self.last_print_t >= self.start_t + self.delay
-        if not self.disable and shown and self.last_print_n < self.n:
-            self.display()
-        # What was never shown, tqdm closes without printing: here, not the last line a second time.
-        self.delay = math.inf
-        super().close()
-
-
-def progress(
-    iterable: Iterable | None = None,
-    *,
-    description: str,
-    total: float | None = None,
-    unit: str = "it",
-    initial: int = 0,
-) -> tqdm:
-    """tqdm with speed and time left, over `iterable` or, given `total`, moved by `.update(n)`.
-
-    On a terminal a bar. Elsewhere (a log file, CI) at most one line every 10 seconds, and none
-    for what is done sooner. `initial` is where a continued run goes on; close it or use `with`.
-    """
-    settings = dict(desc=description, total=total, unit=unit, initial=initial, file=sys.stderr)
-    if sys.stderr.isatty():
-        return tqdm(iterable, dynamic_ncols=True, **settings)
-    return _Lines(iterable, ncols=80, delay=10, mininterval=10, **settings)

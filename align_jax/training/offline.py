@@ -1,9 +1,7 @@
 """What the offline algorithms share: from a config, records and a loss to a trained model."""
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,51 +9,24 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from align_jax.data.batching import (
-    build_batch,
-    example_size,
-    longest_row,
-    num_tokens,
-    round_up_to_bucket,
+    Attach,
+    check_lengths,
+    make_collate,
+    unaccumulated,
 )
-from align_jax.data.chat import Example, encode_records
-from align_jax.data.formats import Record
-from align_jax.data.pipeline import Loader
-from align_jax.data.sources import load_as_configured
+from align_jax.data.loader import Loader
+from align_jax.data.tokenise import Example
+from align_jax.errors import RunError
 from align_jax.models.frozen import partition
 from align_jax.models.transformer import Transformer
+from align_jax.progress import progress
 from align_jax.training.checkpoint import Checkpointer, require_space
-from align_jax.training.errors import RunError
-from align_jax.training.loop import fit
-from align_jax.training.metrics import MetricWriter, progress
+from align_jax.training.metrics import MetricWriter
 from align_jax.training.optimizer import make_optimizer, make_schedule
 from align_jax.training.pretrained import default_run_config
-from align_jax.training.step import LossFunction, init_state, make_train_step, place_batch
-
-# Values of one example that travel with its batch: per response, in the order of its responses.
-Attach = Callable[[Example], dict[str, np.ndarray]]
-
-
-def default_data_config(**overrides: Any) -> ConfigDict:
-    """The fields of `config.data` that the offline algorithms read; lengths are in tokens."""
-    config = ConfigDict(
-        {
-            "source": "",  # see docs/data.md
-            "eval_source": "",  # held-out records, evaluated by `python -m align_jax evaluate`
-            "limit": 0,  # read this many records; 0 reads all
-            "invalid": "error",  # "error" | "drop": what a record with wrong fields does
-            "max_length": 1024,
-            "max_prompt_length": 0,  # 0: what the longest response leaves of max_length
-            "min_prompt_length": 16,  # a response that leaves its prompt less is too long
-            "overlong": "error",  # "error" | "truncate" | "drop": what a too long response does
-            "batch_size": 16,
-            "accumulation": 1,  # micro-batches a batch is split into
-            "rows": 0,  # rows a micro-batch is packed into; 0: one example a row
-            "length_buckets": tuple(64 * i for i in range(1, 129)),
-            "target_buckets": tuple(64 * i for i in range(1, 129)),
-        }
-    )
-    config.update(overrides)
-    return config
+from align_jax.training.signals import Interrupted, StopSignals
+from align_jax.training.state import TrainState, init_state
+from align_jax.training.step import LossFunction, make_train_step, place_batch
 
 
 def default_offline_config() -> ConfigDict:
@@ -67,109 +38,6 @@ def default_offline_config() -> ConfigDict:
         log_every=1,
     )
     return config
-
-
-def load_examples(data: ConfigDict, source: str, tokenizer: Any, *, kind: str) -> list[Example]:
-    """Reads, checks and tokenises every record of a source before anything is computed."""
-    records = load_as_configured(data, source, kind=kind)
-    return tokenised(data, records, tokenizer, kind=kind)
-
-
-def tokenised(
-    data: ConfigDict, records: Sequence[Record], tokenizer: Any, *, kind: str
-) -> list[Example]:
-    """Examples of records, cut, left out or refused as `data` says; their ids are the places."""
-    with progress(description="tokenising", total=len(records), unit="record") as bar:
-        return encode_records(
-            records,
-            tokenizer,
-            kind=kind,
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length or None,
-            min_prompt_length=data.min_prompt_length,
-            overlong=data.overlong,
-            progress=bar.update,
-        )
-
-
-def make_collate(
-    data: ConfigDict, attach: Attach | None = None
-) -> Callable[[Sequence[Example]], dict[str, np.ndarray]]:
-    """A function from examples to a batch; with accumulation, micro-batches are its first axis."""
-    parts = data.accumulation
-
-    def collate(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        size = len(examples) // parts
-        groups = [examples[i : i + size] for i in range(0, len(examples), size)]
-        lengths, targets = data.length_buckets, data.target_buckets
-        build = lambda group: build_batch(  # noqa: E731
-            group,
-            rows=_num_rows(data, len(group)),
-            length_buckets=lengths,
-            target_buckets=targets,
-        )
-        batches = [build(group) for group in groups]
-        if len(batches) > 1:
-            # One shape for all micro-batches: the widest's.
-            lengths = (max(batch["tokens"].shape[1] for batch in batches),)
-            targets = (max(batch["targets"].shape[1] for batch in batches),)
-            batches = [build(group) for group in groups]
-        if attach is not None:
-            for batch, group in zip(batches, groups):
-                values = [attach(example) for example in group]
-                batch |= {name: np.concatenate([v[name] for v in values]) for name in values[0]}
-        if parts == 1:
-            return batches[0]
-        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-
-    return collate
-
-
-def _num_rows(data: ConfigDict, num_examples: int) -> int:
-    return min(data.rows or num_examples, num_examples)
-
-
-def _unaccumulated(data: ConfigDict) -> ConfigDict:
-    """`data` with micro-batches for batches: what runs by itself fits where they do."""
-    size = data.batch_size // data.accumulation
-    return ConfigDict(data.to_dict() | {"batch_size": size, "accumulation": 1})
-
-
-def by_length(examples: Sequence[Example]) -> np.ndarray:
-    """Places of examples, the shortest first: the order in which `score_responses` batches them."""
-    return np.argsort([num_tokens(example) for example in examples], kind="stable")
-
-
-def score_responses(
-    score: Callable[[dict[str, jax.Array]], jax.Array],
-    mesh: Mesh,
-    examples: Sequence[Example],
-    data: ConfigDict,
-    *,
-    description: str,
-) -> np.ndarray:
-    """A number for every response, `[examples, K]` float32; similar lengths share a batch.
-
-    `score` takes a batch and returns a replicated array of the numbers of its responses in order;
-    what is past them is left out. Raises `DataError` as `check_lengths` does.
-    """
-    data = _unaccumulated(data)
-    collate = make_collate(data)
-    responses = len(examples[0].responses)
-    order = by_length(examples)
-    check_lengths(data, examples, order)
-    out = np.zeros((len(examples), responses), np.float32)
-    with (
-        jax.set_mesh(mesh),
-        progress(description=description, total=len(examples), unit="example") as bar,
-    ):
-        for start in range(0, len(examples), data.batch_size):
-            chosen = order[start : start + data.batch_size]
-            batch = place_batch(collate([examples[i] for i in chosen]), mesh, accumulated=False)
-            values = np.asarray(score(batch))[: len(chosen) * responses]
-            out[chosen] = values.reshape(len(chosen), responses)
-            bar.update(len(chosen))
-    return out
 
 
 def check_sizes(config: ConfigDict) -> None:
@@ -195,23 +63,6 @@ def check_context(config: ConfigDict, model: Transformer) -> None:
             f"config.data.max_length = {config.data.max_length} is more than the model's context "
             f"of {model.config.context_length} tokens."
         )
-
-
-def check_lengths(data: ConfigDict, examples: Sequence[Example], order: Iterable[int]) -> None:
-    """Raises `DataError` for an example, or a row of packed ones, that no bucket of `data` holds.
-
-    `order` has the places of the examples as they come, micro-batch after micro-batch: it decides
-    which of them share a row, and is not read where none do.
-    """
-    sizes = [example_size(example) for example in examples]
-    if data.rows:
-        size, order, rows = data.batch_size // data.accumulation, iter(order), []
-        while group := [sizes[place] for place in itertools.islice(order, size)]:
-            rows.append(longest_row(group, rows=_num_rows(data, len(group))))
-        sizes = rows
-    tokens, targets = (max(parts) for parts in zip(*sizes))
-    round_up_to_bucket(tokens, data.length_buckets)
-    round_up_to_bucket(targets, data.target_buckets, key="data.target_buckets")
 
 
 def check_training_lengths(config: ConfigDict, examples: Sequence[Example], num_steps: int) -> None:
@@ -319,7 +170,7 @@ def evaluate(
     attach: Attach | None = None,
 ) -> dict[str, float]:
     """The loss and its metrics over all examples, in order, without training."""
-    data = _unaccumulated(config.data)
+    data = unaccumulated(config.data)
     collate = make_collate(data, attach)
     totals: dict[str, float] = {}
     run = jax.jit(loss_function)
@@ -336,3 +187,75 @@ def evaluate(
             bar.update(len(part))
     weight = totals.pop("weight")
     return {name: total / weight for name, total in totals.items()}
+
+
+def fit(
+    state: TrainState,
+    train_step: Callable[[TrainState, dict], tuple[TrainState, dict]],
+    loader: Loader,
+    *,
+    mesh: Mesh,
+    num_steps: int,
+    checkpointer: Checkpointer,
+    writer: MetricWriter,
+    checkpoint_every: int,
+    log_every: int,
+    accumulated: bool,
+    description: str,
+) -> TrainState:
+    """Runs `train_step` until `num_steps`, from wherever `state` is, and saves the last state.
+
+    The place in the data is `step * batch_size`, so a state says where to go on. Metrics of every
+    step are checked, and those of every `log_every`-th written.
+
+    Raises:
+      RunError: a loss or gradient is not finite; names the step and the batch's example ids.
+      Interrupted: SIGTERM or SIGINT came; the state has been saved.
+    """
+    first = int(state.step)
+    pending: tuple[int, list[int], dict] | None = None
+
+    def settle() -> None:
+        # Reads the metrics of the step before, while the device works on this one.
+        nonlocal pending
+        if pending is None:
+            return
+        (step, ids, metrics), pending = pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        broken = [name for name in ("loss", "grad_norm") if not np.isfinite(values[name])]
+        if broken:
+            raise RunError(
+                f"{' and '.join(broken)} not finite at step {step} (loss {values['loss']}, "
+                f"grad_norm {values['grad_norm']}) on the batch of examples {ids}. Nothing was "
+                "saved since the last checkpoint; look at these examples or lower "
+                "config.optimizer.learning_rate."
+            )
+        if step % log_every == 0 or step == num_steps:
+            writer.write(step, values)
+        bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+
+    def save(state: TrainState) -> None:
+        settle()
+        checkpointer.save(state, {"next_example": int(state.step) * loader.batch_size})
+
+    batches = loader.batches(first * loader.batch_size)
+    bar = progress(description=description, total=num_steps, initial=first, unit="step")
+    with bar, StopSignals() as stop, jax.set_mesh(mesh):
+        try:
+            for step in range(first + 1, num_steps + 1):
+                batch, ids = next(batches)
+                placed = place_batch(batch, mesh, accumulated=accumulated)
+                state, metrics = train_step(state, placed)
+                settle()
+                pending = (step, ids, metrics)
+                bar.update(1)
+                if step == num_steps or step % checkpoint_every == 0 or stop.received is not None:
+                    save(state)
+                if stop.received is not None:
+                    break
+        finally:
+            batches.close()
+        checkpointer.wait()
+        if stop.received is not None:
+            raise Interrupted(stop.received, int(state.step))
+    return state

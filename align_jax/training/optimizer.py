@@ -4,7 +4,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from align_jax.training.errors import RunError
+from align_jax.errors import RunError
 
 # Norms and biases are not decayed: pulling a scale towards 0 is no prior worth having.
 NOT_DECAYED = ("scale", "bias")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align_jax.training.errors import RunError
-from align_jax.training.workdir import write_file, write_json
+from align_jax.errors import RunError
+from align_jax.files import write_file, write_json
 
 Record = dict[str, Any]
 

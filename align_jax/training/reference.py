@@ -13,13 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from align_jax.data.chat import Example
+from align_jax.data.tokenise import Example
 from align_jax.distributed.partitioning import replicated
+from align_jax.files import write_file
 from align_jax.models.transformer import Transformer
-from align_jax.training.checkpoint import fingerprint
-from align_jax.training.offline import score_responses
-from align_jax.training.scoring import sum_by_response, target_log_probs
-from align_jax.training.workdir import write_file
+from align_jax.training.scoring import score_responses, sum_by_response, target_log_probs
+from align_jax.trees import fingerprint
 
 
 def cache_directory() -> Path:

@@ -1,11 +1,20 @@
 """Log-probabilities of a batch's targets: the one place where hidden states meet the vocabulary."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from align_jax.data.batching import by_length, check_lengths, make_collate, unaccumulated
+from align_jax.data.tokenise import Example
 from align_jax.distributed.partitioning import constrain
 from align_jax.losses.log_probs import chunked_token_log_probs
 from align_jax.models.transformer import Transformer
+from align_jax.progress import progress
+from align_jax.training.step import place_batch
 
 Array = jax.Array
 
@@ -70,3 +79,35 @@ def by_response(values: Array, batch: dict[str, Array], shape: tuple[int, int]) 
     place = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
     outside = jnp.where(counted, place, shape[1])
     return jnp.zeros(shape, values.dtype).at[response, outside].set(values, mode="drop")
+
+
+def score_responses(
+    score: Callable[[dict[str, jax.Array]], jax.Array],
+    mesh: Mesh,
+    examples: Sequence[Example],
+    data: ConfigDict,
+    *,
+    description: str,
+) -> np.ndarray:
+    """A number for every response, `[examples, K]` float32; similar lengths share a batch.
+
+    `score` takes a batch and returns a replicated array of the numbers of its responses in order;
+    what is past them is left out. Raises `DataError` as `check_lengths` does.
+    """
+    data = unaccumulated(data)
+    collate = make_collate(data)
+    responses = len(examples[0].responses)
+    order = by_length(examples)
+    check_lengths(data, examples, order)
+    out = np.zeros((len(examples), responses), np.float32)
+    with (
+        jax.set_mesh(mesh),
+        progress(description=description, total=len(examples), unit="example") as bar,
+    ):
+        for start in range(0, len(examples), data.batch_size):
+            chosen = order[start : start + data.batch_size]
+            batch = place_batch(collate([examples[i] for i in chosen]), mesh, accumulated=False)
+            values = np.asarray(score(batch))[: len(chosen) * responses]
+            out[chosen] = values.reshape(len(chosen), responses)
+            bar.update(len(chosen))
+    return out

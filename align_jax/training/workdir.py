@@ -13,29 +13,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from align_jax.training.errors import RunError
+from align_jax.errors import RunError
+from align_jax.files import plain_values, write_json
 
 _INSIDE = "workdir:"
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes beside `path`, then renames: a reader finds the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """`write_file` of `content` as JSON; configs and arrays in it become objects and lists."""
-    text = json.dumps(content, indent=2, default=_plain) + "\n"
-    write_file(path, text.encode("utf-8"))
-
-
-def _plain(value: Any) -> Any:
-    return value.to_dict() if isinstance(value, ConfigDict) else value.tolist()
 
 
 class Workdir:
@@ -61,7 +42,7 @@ class Workdir:
         self._root = _absolute(path if root is None else root)
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"--workdir={self.path} is a file; give a directory.")
-        wanted = json.loads(json.dumps(config.to_dict(), default=_plain))
+        wanted = json.loads(json.dumps(config.to_dict(), default=plain_values))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim(wanted)

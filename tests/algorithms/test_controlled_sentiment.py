@@ -8,8 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from align_jax.algorithms.controlled_sentiment import evaluate, make_pairs, run, summarise
-from align_jax.training import online, phases, pretrained
-from align_jax.training.errors import RunError
+from align_jax.errors import RunError
+from align_jax.generation import rollout as rollouts
+from align_jax.training import phases, pretrained
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
 
@@ -132,7 +133,7 @@ def test_the_whole_runs_is_not_run_again_and_survives_an_interruption_anywhere(
 
     # Run again, nothing is computed: every phase is there.
     with monkeypatch.context() as patch:
-        patch.setattr(online, "generate", pytest.fail)
+        patch.setattr(rollouts, "generate", pytest.fail)
         patch.setattr(pretrained, "load_model", pytest.fail)
         assert without_seconds(run(config, workdir)) == without_seconds(summary)
 
@@ -182,7 +183,7 @@ def test_evaluating_an_unfinished_run_names_the_phase(config, tmp_path):
 def test_a_wrong_config_is_refused_before_sampling(
     tiny_config, tmp_path, monkeypatch, overrides, message
 ):
-    monkeypatch.setattr(online, "generate", pytest.fail)
+    monkeypatch.setattr(rollouts, "generate", pytest.fail)
     config = tiny_config("quickstart", overrides)
     with pytest.raises(RunError, match=message):
         run(config, Workdir(tmp_path, config))

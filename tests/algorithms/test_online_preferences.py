@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from align_jax import files
 from align_jax.algorithms import online_preferences, policy_gradient, reward_model
 from align_jax.algorithms.online_preferences import rank_by_wins
 from align_jax.config import load_config
-from align_jax.data.formats import DataError
 from align_jax.data.sources import load_records
+from align_jax.errors import DataError, RewardError, RunError
+from align_jax.generation import rollout as rollouts
 from align_jax.losses.policy_gradient import adaptive_kl_update
 from align_jax.models.interchange import load_reward_model, load_tokenizer
-from align_jax.rewards.base import RewardError
 from align_jax.rewards.people import WaitingForLabels
-from align_jax.training import metrics, online, pretrained, workdir
-from align_jax.training.checkpoint import flatten
-from align_jax.training.errors import RunError
-from align_jax.training.loop import Interrupted
+from align_jax.training import metrics, pretrained
 from align_jax.training.phases import Phases
+from align_jax.training.signals import Interrupted
 from align_jax.training.workdir import Workdir, read_config
+from align_jax.trees import flatten
 from tests.conftest import EXPERIMENTS
 
 
@@ -77,8 +77,8 @@ def killed_before_renaming(name):
         rename(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workdir.os, "replace", replace)
-        patch.setattr(workdir.Path, "unlink", lambda *_, **__: None)
+        patch.setattr(files.os, "replace", replace)
+        patch.setattr(files.Path, "unlink", lambda *_, **__: None)
         with pytest.raises(Killed):
             yield
 
@@ -371,7 +371,7 @@ def test_ranks_count_who_won_more():
 )
 def test_a_wrong_config_is_refused(tiny_config, tmp_path, monkeypatch, overrides, message):
     config = tiny_config("ziegler2019_sentiment", overrides)
-    monkeypatch.setattr(online, "generate", pytest.fail)
+    monkeypatch.setattr(rollouts, "generate", pytest.fail)
     with pytest.raises((RunError, RewardError, DataError), match=message):
         online_preferences.run(config, Workdir(tmp_path / "run", config))
 

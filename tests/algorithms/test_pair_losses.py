@@ -14,14 +14,14 @@ from align_jax import losses
 from align_jax.algorithms import preference
 from align_jax.algorithms.pair_losses import LOSSES, default_loss_options, needs_reference
 from align_jax.algorithms.preference import attach_reference, make_loss
+from align_jax.data import batching, dataset
 from align_jax.data.batching import separate_responses
+from align_jax.errors import RunError
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.interchange import load_model, load_tokenizer
-from align_jax.training import offline
-from align_jax.training.checkpoint import flatten
-from align_jax.training.errors import RunError
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
+from align_jax.trees import flatten
 
 NEEDED = {"f_dpo": {"divergence": "jensen_shannon"}, "ld_dpo": {"alpha": 0.5}}
 
@@ -40,8 +40,8 @@ def model():
 @pytest.fixture(scope="module")
 def examples():
     """Pairs whose responses differ in length."""
-    data = offline.default_data_config(limit=6)
-    found = offline.load_examples(
+    data = dataset.default_data_config(limit=6)
+    found = dataset.load_examples(
         data, "builtin:tiny_preferences", load_tokenizer("tiny"), kind="preference"
     )
     cut = []
@@ -83,9 +83,9 @@ def tokens(logits, examples):
 
 
 def batch_of(examples, reference):
-    data = offline.default_data_config(batch_size=6)
+    data = dataset.default_data_config(batch_size=6)
     attach = attach_reference(examples, np.asarray(reference, np.float32).reshape(-1, 2))
-    return jax.tree.map(jnp.asarray, offline.make_collate(data, attach)(examples))
+    return jax.tree.map(jnp.asarray, batching.make_collate(data, attach)(examples))
 
 
 @pytest.fixture(scope="module")

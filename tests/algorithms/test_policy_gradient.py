@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from align_jax.algorithms.policy_objective import new_agent
+from align_jax.errors import RewardError
+from align_jax.generation import rollout as rollouts
 from align_jax.generation import sampler
 from align_jax.models.transformer import Transformer
-from align_jax.rewards.base import RewardError
-from align_jax.training import online
-from align_jax.training.checkpoint import Checkpointer, flatten
-from align_jax.training.loop import Interrupted
+from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.metrics import read_metrics
+from align_jax.training.signals import Interrupted
+from align_jax.trees import flatten
 from tests.algorithms.policy_runs import METHODS, digits, log_probs_by_hand, other_model, samples_of
 
 
@@ -76,7 +77,7 @@ def test_a_completion_is_valued_the_same_alone_and_among_others(new_trainer, bas
         agent.critic.head.head_kernel[...] = jax.random.normal(jax.random.key(0), (32,))
         memory = {"next_prompt": 0}
         _, rollout, _, _ = trainer.collect(agent.model, memory, 0)
-        layout = online.layout_of(
+        layout = rollouts.layout_of(
             rollout, trainer.config.data, longest_prompt=trainer.longest_prompt
         )
         out.append(trainer.evaluate_completions(agent, rollout, layout))
@@ -198,14 +199,14 @@ def test_accumulated_micro_batches_are_the_whole_minibatch(new_trainer, base):
 def test_every_pass_over_the_completions_has_its_own_order(new_trainer, monkeypatch):
     trainer, _ = new_trainer({"epochs": 3, "minibatches": 2})
     orders = []
-    original = online.rollout_batch
+    original = rollouts.rollout_batch
 
     def recording(rollout, groups, values, layout, **more):
         if values:
             orders.append(list(groups))
         return original(rollout, groups, values, layout, **more)
 
-    monkeypatch.setattr(online, "rollout_batch", recording)
+    monkeypatch.setattr(rollouts, "rollout_batch", recording)
     trainer.fit()
     passes = [orders[i] + orders[i + 1] for i in range(0, len(orders), 2)]
     assert len(passes) == 6 and len({tuple(order) for order in passes}) == 6

@@ -7,15 +7,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from align_jax.algorithms import policy_gradient, sft
-from align_jax.data.formats import DataError
-from align_jax.rewards.base import RewardError, checked_scores
+from align_jax.errors import DataError, RewardError, RunError
+from align_jax.generation import rollout as rollouts
+from align_jax.rewards.base import checked_scores
 from align_jax.rewards.configured import make_reward
 from align_jax.rewards.rules import vader_sentiment
-from align_jax.training import online, pretrained
-from align_jax.training.checkpoint import Checkpointer, flatten
-from align_jax.training.errors import RunError
+from align_jax.training import pretrained
+from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
+from align_jax.trees import flatten
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ from align_jax.training.workdir import Workdir
 def test_a_wrong_config_is_refused_before_anything_is_sampled(
     tiny_config, tmp_path, monkeypatch, overrides, message
 ):
-    monkeypatch.setattr(online, "generate", pytest.fail)
+    monkeypatch.setattr(rollouts, "generate", pytest.fail)
     config = tiny_config("ppo", overrides)
     with pytest.raises((RunError, RewardError, DataError), match=message):
         policy_gradient.run(config, Workdir(tmp_path / "run", config))
@@ -103,7 +104,7 @@ def test_a_whole_run_reports_and_is_not_run_again(tiny_config, tmp_path, monkeyp
     assert {"base", "best_of_4", "trained", "train"} <= summary.keys()
     assert summary["trained"]["kl"] != 0.0
     assert (tmp_path / "run/report/index.html").is_file()
-    monkeypatch.setattr(online, "generate", pytest.fail)
+    monkeypatch.setattr(rollouts, "generate", pytest.fail)
     again = policy_gradient.run(config, workdir)
     assert again["trained"] == summary["trained"]
     assert policy_gradient.evaluate(config, workdir)["trained"] == summary["trained"]

@@ -15,10 +15,10 @@ from align_jax.algorithms.policy_objective import (
     with_missing_eos,
 )
 from align_jax.data.batching import build_batch
-from align_jax.data.chat import Example
+from align_jax.data.dataset import default_data_config
+from align_jax.data.tokenise import Example
 from align_jax.models.heads import ScalarHead, ScalarModel
 from align_jax.models.interchange import load_model
-from align_jax.training.offline import default_data_config
 
 T, K = 5, 3
 LENGTHS = np.array([5, 1, 3, 2, 4, 5])

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from align_jax.generation import rollout as rollouts
 from align_jax.models.export import save_reward_model
 from align_jax.models.heads import RewardScale, ScalarModel
 from align_jax.models.tokenizers import load_tokenizer
 from align_jax.rewards.configured import make_reward
-from align_jax.training import online
 from align_jax.training.metrics import read_metrics
 from tests.algorithms.policy_runs import METHODS, other_model, samples_of
 
@@ -51,14 +51,14 @@ def test_token_losses_are_weighed_by_the_capped_ratio_of_trainer_to_sampler(
     new_trainer, monkeypatch
 ):
     """A sampler whose log-probabilities are off by up to a nat, as another engine's could be."""
-    original, batches = online.roll_out, []
+    original, batches = rollouts.roll_out, []
 
     def off(*arguments, **named):
         rollout = original(*arguments, **named)
         noise = np.random.default_rng(0).uniform(-1, 1, rollout.mask.shape).astype(np.float32)
         return rollout._replace(log_probs=rollout.log_probs + noise * rollout.mask)
 
-    lay_out = online.rollout_batch
+    lay_out = rollouts.rollout_batch
 
     def recording(rollout, groups, values, layout, **more):
         if values:
@@ -66,8 +66,8 @@ def test_token_losses_are_weighed_by_the_capped_ratio_of_trainer_to_sampler(
             batches.append({name: values[name][rows] for name in values})
         return lay_out(rollout, groups, values, layout, **more)
 
-    monkeypatch.setattr(online, "roll_out", off)
-    monkeypatch.setattr(online, "rollout_batch", recording)
+    monkeypatch.setattr(rollouts, "roll_out", off)
+    monkeypatch.setattr(rollouts, "rollout_batch", recording)
     metrics = {}
     for cap in (0.0, 1.5):
         settings = METHODS["rloo"] | {"num_iterations": 1, "importance_cap": cap}

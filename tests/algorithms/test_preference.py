@@ -9,12 +9,12 @@ import pytest
 
 from align_jax.algorithms import preference, sft
 from align_jax.algorithms.preference import attach_reference, make_loss
-from align_jax.data.chat import Example
-from align_jax.data.formats import DataError
+from align_jax.data import batching, dataset
+from align_jax.data.tokenise import Example
 from align_jax.distributed.mesh import make_mesh
+from align_jax.errors import DataError, RunError
 from align_jax.models.interchange import load_model, load_tokenizer
-from align_jax.training import offline, pretrained
-from align_jax.training.errors import RunError
+from align_jax.training import pretrained
 from align_jax.training.metrics import read_metrics
 from align_jax.training.reference import compute_log_probs
 from align_jax.training.workdir import Workdir
@@ -28,12 +28,12 @@ def model():
 @pytest.fixture(scope="module")
 def pairs(model):
     """Eight pairs of builtin:tiny_preferences, with the model's own log-probabilities."""
-    data = offline.default_data_config(batch_size=8, limit=8)
-    examples = offline.load_examples(
+    data = dataset.default_data_config(batch_size=8, limit=8)
+    examples = dataset.load_examples(
         data, "builtin:tiny_preferences", load_tokenizer("tiny"), kind="preference"
     )
     reference = compute_log_probs(model, make_mesh(), examples, data)
-    batch = offline.make_collate(data, attach_reference(examples, reference))(examples)
+    batch = batching.make_collate(data, attach_reference(examples, reference))(examples)
     return jax.tree.map(jnp.asarray, batch)
 
 

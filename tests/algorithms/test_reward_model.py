@@ -12,11 +12,11 @@ import pytest
 from align_jax.algorithms import reward_model
 from align_jax.algorithms.comparisons import attach, prepare
 from align_jax.algorithms.reward_model import make_loss
-from align_jax.data.chat import Example
+from align_jax.data import batching, dataset
+from align_jax.data.tokenise import Example
+from align_jax.errors import RunError
 from align_jax.models.heads import ScalarModel, response_scores
 from align_jax.models.interchange import load_model, load_tokenizer
-from align_jax.training import offline
-from align_jax.training.errors import RunError
 
 EOS = load_tokenizer("tiny").eos_token_id
 
@@ -52,8 +52,8 @@ def score_alone(model, prompt, response):
 
 
 def batch_of(examples, *, rows=0):
-    data = offline.default_data_config(batch_size=len(examples), rows=rows)
-    batch = offline.make_collate(data, attach)(examples)
+    data = dataset.default_data_config(batch_size=len(examples), rows=rows)
+    batch = batching.make_collate(data, attach)(examples)
     return jax.tree.map(jnp.asarray, batch)
 
 

@@ -10,15 +10,14 @@ import pytest
 
 from align_jax.algorithms import reward_model, sft
 from align_jax.data.builtin import load_builtin
-from align_jax.data.formats import DataError
+from align_jax.errors import DataError, RunError
 from align_jax.models.interchange import load_model
 from align_jax.rewards.model import RewardModel
-from align_jax.training import loop, offline, pretrained
-from align_jax.training.checkpoint import flatten
-from align_jax.training.errors import RunError
-from align_jax.training.loop import Interrupted
+from align_jax.training import offline, pretrained
 from align_jax.training.metrics import read_metrics
+from align_jax.training.signals import Interrupted
 from align_jax.training.workdir import Workdir
+from align_jax.trees import flatten
 
 FAST = {"num_steps": 200, "data.batch_size": 16, "optimizer.learning_rate": 1e-2}
 
@@ -174,7 +173,7 @@ def test_interrupted_while_training_and_while_saving_it_ends_with_the_same_model
     whole = Workdir(tmp_path / "whole", config)
     summary = reward_model.run(config, whole)
     cut = Workdir(tmp_path / "cut", config)
-    place_batch, seen = loop.place_batch, []
+    place_batch, seen = offline.place_batch, []
 
     def stop_at_the_fifth(batch, mesh, *, accumulated):
         seen.append(None)
@@ -183,7 +182,7 @@ def test_interrupted_while_training_and_while_saving_it_ends_with_the_same_model
         return place_batch(batch, mesh, accumulated=accumulated)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "place_batch", stop_at_the_fifth)
+        patch.setattr(offline, "place_batch", stop_at_the_fifth)
         with pytest.raises(Interrupted):
             reward_model.run(config, cut)
     assert not (cut.path / "reward_model").exists()

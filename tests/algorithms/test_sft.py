@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from align_jax.algorithms import sft
+from align_jax.data import batching, dataset
 from align_jax.data.builtin import load_builtin
-from align_jax.data.formats import DataError
+from align_jax.errors import DataError
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.interchange import load_model, load_tokenizer
-from align_jax.training import offline, pretrained
+from align_jax.training import pretrained
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
 
@@ -19,8 +20,8 @@ from align_jax.training.workdir import Workdir
 def test_the_loss_is_the_mean_over_all_response_tokens(tiny_config):
     config = tiny_config("sft", {"data.limit": 6})
     tokenizer = load_tokenizer("tiny")
-    examples = offline.load_examples(config.data, config.data.source, tokenizer, kind="sft")
-    batch = offline.make_collate(config.data)(examples)
+    examples = dataset.load_examples(config.data, config.data.source, tokenizer, kind="sft")
+    batch = batching.make_collate(config.data)(examples)
     model = load_model("tiny")
     sums = sft.loss_sums(model, {name: jnp.asarray(x) for name, x in batch.items()})
 

@@ -8,12 +8,12 @@ import pytest
 
 from align_jax import main
 from align_jax.algorithms import policy_gradient, reward_model, sft, stages
+from align_jax.errors import RunError
 from align_jax.models.interchange import load_reward_model
 from align_jax.training import metrics, pretrained
-from align_jax.training.checkpoint import flatten
-from align_jax.training.errors import RunError
-from align_jax.training.loop import Interrupted
+from align_jax.training.signals import Interrupted
 from align_jax.training.workdir import Workdir, read_config
+from align_jax.trees import flatten
 
 
 def test_the_stages_build_on_each_other_and_are_not_run_again(

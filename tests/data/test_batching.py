@@ -12,8 +12,8 @@ from align_jax.data.batching import (
     round_up_to_bucket,
     separate_responses,
 )
-from align_jax.data.chat import Example
-from align_jax.data.formats import DataError
+from align_jax.data.tokenise import Example
+from align_jax.errors import DataError
 
 BUCKETS = (8, 16, 64, 256)
 

@@ -2,8 +2,8 @@ import pytest
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from align_jax.data.builtin import NAMES, TEMPLATES, review_openings
-from align_jax.data.formats import DataError
 from align_jax.data.sources import load_records
+from align_jax.errors import DataError
 
 SIZES = {"train": 1984, "held_out": 520}
 

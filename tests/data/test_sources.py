@@ -9,8 +9,8 @@ import types
 import numpy as np
 import pytest
 
-from align_jax.data.formats import DataError
 from align_jax.data.sources import load_records
+from align_jax.errors import DataError
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(30)]
 BROKEN = '{"prompt": "a", "completion" "b"}'
@@ -27,7 +27,7 @@ def contents(records):
 def test_importing_the_package_loads_numpy_only():
     code = (
         "import sys;"
-        "from align_jax.data import batching, builtin, chat, formats, pipeline, sources;"
+        "from align_jax.data import batching, builtin, dataset, loader, records, sources, tokenise;"
         "heavy = {'jax', 'transformers', 'datasets', 'tensorflow_datasets'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

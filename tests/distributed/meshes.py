@@ -9,17 +9,19 @@ import numpy as np
 
 from align_jax.algorithms import comparisons, preference, reward_model
 from align_jax.config import load_config
+from align_jax.data import batching, dataset
 from align_jax.distributed import mesh as meshes
 from align_jax.generation import generate
 from align_jax.models.heads import RewardScale, ScalarModel
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.rewards.model import RewardModel
 from align_jax.training import offline, pretrained
-from align_jax.training.checkpoint import flatten
 from align_jax.training.metrics import read_metrics
 from align_jax.training.optimizer import make_optimizer, make_schedule
 from align_jax.training.reference import compute_log_probs
-from align_jax.training.step import init_state, make_train_step, place_batch
+from align_jax.training.state import init_state
+from align_jax.training.step import make_train_step, place_batch
+from align_jax.trees import flatten
 
 CONFIG = pathlib.Path(__file__).parents[2] / "experiments" / "dpo.py"
 
@@ -53,10 +55,10 @@ def steps(mesh, shares):
     """Five steps by the trainer's own parts: metrics, and greedy tokens of what came out."""
     c = config()
     tokenizer = load_tokenizer("tiny")
-    examples = offline.load_examples(c.data, c.data.source, tokenizer, kind="preference")
+    examples = dataset.load_examples(c.data, c.data.source, tokenizer, kind="preference")
     model = load_model("tiny", mesh=mesh, remat=c.remat)
     reference = compute_log_probs(model, mesh, examples, c.data)
-    collate = offline.make_collate(c.data, preference.attach_reference(examples, reference))
+    collate = batching.make_collate(c.data, preference.attach_reference(examples, reference))
     optimizer = make_optimizer(c.optimizer, c.num_steps)
     state = init_state(model, optimizer, mesh)
     schedule = make_schedule(c.optimizer, c.num_steps)
@@ -89,7 +91,7 @@ def through_train(directory, sizes):
     """The metrics of `offline.train` on the config's mesh."""
     c = config()
     c.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    examples = offline.load_examples(
+    examples = dataset.load_examples(
         c.data, c.data.source, load_tokenizer("tiny"), kind="preference"
     )
     model, mesh = pretrained.open_model(c)
@@ -114,7 +116,7 @@ def rewards(mesh):
     tokenizer = load_tokenizer("tiny")
     examples, _ = comparisons.load_comparisons(c, tokenizer)
     model = ScalarModel(load_model("tiny", mesh=mesh), key=jax.random.key(1))
-    batch = offline.make_collate(c.data, comparisons.attach)(examples)
+    batch = batching.make_collate(c.data, comparisons.attach)(examples)
     with jax.set_mesh(mesh):
         placed = place_batch(batch, mesh, accumulated=False)
         loss = float(jax.jit(reward_model.make_loss(c))(model, placed).loss)

@@ -3,12 +3,12 @@
 import jax
 import pytest
 
+from align_jax.data import dataset
 from align_jax.distributed.mesh import make_mesh
 from align_jax.evaluation.policies import draw_samples, with_log_probs_under
+from align_jax.generation.rollout import default_sampling_config
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.rewards.rules import RULES, of_completions
-from align_jax.training import offline
-from align_jax.training.online import default_sampling_config
 
 TEXTS = ("ab", "the longest of them", "c", "two words", "!")
 
@@ -31,7 +31,7 @@ def test_under_itself_a_samples_log_probability_is_the_samplers(batching):
         key=jax.random.key(0),
         description="sampling",
     )
-    data = offline.default_data_config(batch_size=16, **batching)
+    data = dataset.default_data_config(batch_size=16, **batching)
     found = with_log_probs_under(model, mesh, samples, 3, data, temperature=0.6)
     assert [s["base_log_prob"] for s in found] == pytest.approx(
         [s["log_prob"] for s in samples], abs=1e-4

@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from align_jax import losses
 from align_jax.algorithms import policy_objective, preference
 from align_jax.algorithms.policy_gradient import default_policy_gradient_config
+from align_jax.data.dataset import default_data_config
 from align_jax.losses import policy_gradient as pg
 from align_jax.models.heads import ScalarModel, response_scores
 from align_jax.models.transformer import Transformer
-from align_jax.training.offline import default_data_config
 from align_jax.training.scoring import target_log_probs
 from align_jax.training.step import Batch, LossFunction, LossSums
 from tests.exact.fixed_points import label_weights, win_rates

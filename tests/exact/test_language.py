@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from align_jax.algorithms.preference import make_loss
 from align_jax.data.batching import build_batch
-from align_jax.data.chat import Example
+from align_jax.data.tokenise import Example
 from align_jax.losses.preference import kto_loss
 from align_jax.losses.ranking import minimax_winner
 from tests.exact import fixed_points, losses, methods

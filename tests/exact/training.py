@@ -10,19 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from align_jax.data.batching import build_batch, separate_responses
-from align_jax.data.chat import Example
+from align_jax.data.tokenise import Example
 from align_jax.distributed.mesh import make_mesh
 from align_jax.models.transformer import Transformer, TransformerConfig
 from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
 from align_jax.training.scoring import sum_by_response, target_log_probs
-from align_jax.training.step import (
-    Batch,
-    LossFunction,
-    LossSums,
-    init_state,
-    make_train_step,
-    place_batch,
-)
+from align_jax.training.state import init_state
+from align_jax.training.step import Batch, LossFunction, LossSums, make_train_step, place_batch
 from tests.exact.language import Language, World, normalized, random_reward
 
 # Learned positions: without a BOS, rotary attention gives "1", "11" and "111" one hidden state

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from align_jax.data.batching import build_batch
-from align_jax.data.chat import Example
+from align_jax.data.tokenise import Example
 from align_jax.generation import generate
 from align_jax.training.scoring import target_log_probs
 

@@ -13,8 +13,9 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.numpy import load_file, save_file
 
+from align_jax.errors import ModelError
 from align_jax.models import interchange
-from align_jax.models.interchange import ModelError, load_model, load_tokenizer
+from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.models.locate import locate
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "llama_tiny"

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.models.families import ModelError, config_from_hf, config_to_hf
+from align_jax.errors import ModelError
+from align_jax.models.families import config_from_hf, config_to_hf
 from align_jax.models.interchange import load_model
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"

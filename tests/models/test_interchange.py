@@ -13,14 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from align_jax.distributed.mesh import make_mesh
+from align_jax.errors import ModelError
 from align_jax.models import export
-from align_jax.models.interchange import (
-    ModelError,
-    abstract_model,
-    load_model,
-    load_tokenizer,
-    save_model,
-)
+from align_jax.models.interchange import abstract_model, load_model, load_tokenizer, save_model
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 NAMES = ["llama_tiny", "llama_untied", "llama3_rope", "mistral_tiny", "gpt2_tiny"]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from align_jax.errors import ModelError
 from align_jax.models.heads import RewardScale, ScalarModel, without_unembedding
 from align_jax.models.interchange import (
-    ModelError,
     load_model,
     load_reward_model,
     load_tokenizer,

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align_jax.models.interchange import ModelError, load_model, load_tokenizer, save_model
+from align_jax.errors import ModelError
+from align_jax.models.interchange import load_model, load_tokenizer, save_model
 
 TINY = load_tokenizer("tiny")
 CHAT = [{"role": "user", "content": "Hi"}]

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align_jax import main as command_line
+from align_jax.errors import RewardError
 from align_jax.rewards.base import (
-    RewardError,
     check_records,
     checked_probabilities,
     checked_scores,

@@ -8,10 +8,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from align_jax import rewards
-from align_jax.models.families import ModelError
+from align_jax.errors import ModelError, RewardError
 from align_jax.models.interchange import load_tokenizer
 from align_jax.rewards import model, rules
-from align_jax.rewards.base import RewardError, checked_probabilities, checked_scores
+from align_jax.rewards.base import checked_probabilities, checked_scores
 from align_jax.rewards.configured import (
     check_comparer,
     check_reward,

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align_jax.data.formats import DataError
 from align_jax.distributed.mesh import make_mesh
+from align_jax.errors import DataError, RewardError
 from align_jax.losses.log_probs import sequence_log_probs, token_log_probs
 from align_jax.models.interchange import load_model, load_tokenizer
-from align_jax.rewards.base import RewardError, checked_probabilities
+from align_jax.rewards.base import checked_probabilities
 from align_jax.rewards.judge import LanguageModelJudge, OracleJudge
 
 TEMPLATE = "{question}\nP: {prompt}\n1: {first}\n2: {second}"

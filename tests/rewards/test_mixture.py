@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from align_jax.rewards.base import RewardError, check_records, scores_and_components
+from align_jax.errors import RewardError
+from align_jax.rewards.base import check_records, scores_and_components
 from align_jax.rewards.mixture import Mixture, SafetyGated
 from align_jax.rewards.rules import Answer
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from align_jax.data.builtin import load_builtin
-from align_jax.models.families import ModelError
+from align_jax.errors import ModelError
 from align_jax.models.heads import RewardScale, ScalarModel
 from align_jax.models.interchange import load_model, load_tokenizer, save_reward_model
 from align_jax.rewards.base import checked_scores, scores_and_components

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from align_jax.data.formats import DataError
+from align_jax.errors import DataError, RewardError
 from align_jax.rewards.base import checked_probabilities
-from align_jax.rewards.people import PeopleJudge, RewardError, WaitingForLabels
+from align_jax.rewards.people import PeopleJudge, WaitingForLabels
 
 RECORDS = [
     {"prompt": "How?"},

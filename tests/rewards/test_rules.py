@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align_jax.data.sources import load_records
+from align_jax.errors import RewardError
 from align_jax.models.interchange import load_tokenizer
 from align_jax.rewards import rules
-from align_jax.rewards.base import RewardError, check_records
+from align_jax.rewards.base import check_records
 
 
 def test_vader_sentiment_scores_the_examples_of_its_authors():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from align_jax.data.chat import Example
+from align_jax.data.tokenise import Example
 from align_jax.distributed.mesh import make_mesh
 
 

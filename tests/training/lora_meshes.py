@@ -8,14 +8,15 @@ import numpy as np
 
 from align_jax.algorithms import preference
 from align_jax.config import load_config
+from align_jax.data import batching, dataset
 from align_jax.distributed.mesh import make_mesh
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.models.lora import add_adapters, merge_adapters, without_adapters
-from align_jax.training import offline
-from align_jax.training.checkpoint import flatten
 from align_jax.training.optimizer import make_optimizer, make_schedule
 from align_jax.training.reference import compute_log_probs
-from align_jax.training.step import init_state, make_train_step, place_batch
+from align_jax.training.state import init_state
+from align_jax.training.step import make_train_step, place_batch
+from align_jax.trees import flatten
 
 CONFIG = pathlib.Path(__file__).parents[2] / "experiments" / "dpo.py"
 
@@ -30,14 +31,14 @@ def steps(mesh, shares):
     c = load_config(
         f"{CONFIG}:scale=tiny", ["--config.data.limit=16", "--config.data.batch_size=8"]
     )
-    examples = offline.load_examples(
+    examples = dataset.load_examples(
         c.data, c.data.source, load_tokenizer("tiny"), kind="preference"
     )
     model = add_adapters(
         load_model("tiny", mesh=mesh), rank=4, alpha=8.0, key=jax.random.key(0), mesh=mesh
     )
     reference = compute_log_probs(without_adapters(model), mesh, examples, c.data)
-    collate = offline.make_collate(c.data, preference.attach_reference(examples, reference))
+    collate = batching.make_collate(c.data, preference.attach_reference(examples, reference))
     optimizer = make_optimizer(c.optimizer, 4)
     state = init_state(model, optimizer, mesh)
     schedule = make_schedule(c.optimizer, 4)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from align_jax.errors import RunError
 from align_jax.models.interchange import load_model
 from align_jax.training import checkpoint
-from align_jax.training.checkpoint import Checkpointer, flatten, require_space, unflatten
-from align_jax.training.errors import RunError
+from align_jax.training.checkpoint import Checkpointer, require_space
 from align_jax.training.optimizer import default_optimizer_config, make_optimizer
-from align_jax.training.step import init_state
+from align_jax.training.state import init_state
+from align_jax.trees import flatten, unflatten
 
 
 def make_state(mesh, name="tiny", step=0, seed=None):

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from align_jax.models.interchange import load_model
-from align_jax.training.checkpoint import Checkpointer, flatten
+from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.metrics import read_metrics
+from align_jax.trees import flatten
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS_PER_KILL = 9

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from align_jax.algorithms import preference
-from align_jax.data.formats import DataError
-from align_jax.data.pipeline import Loader
-from align_jax.training import offline
+from align_jax.data import batching, dataset
+from align_jax.data.loader import Loader
+from align_jax.errors import DataError
+from align_jax.training import offline, scoring
 from align_jax.training.workdir import Workdir
 
 STEPS, SIZE, HUGE = 7, 6, 10**4
@@ -20,7 +21,7 @@ def examples(make_examples):
 
 def config_of(accumulation, rows):
     config = offline.default_offline_config()
-    config.data = offline.default_data_config(
+    config.data = dataset.default_data_config(
         batch_size=SIZE,
         accumulation=accumulation,
         rows=rows,
@@ -39,7 +40,7 @@ def widths_of(batches):
 @pytest.mark.parametrize(("accumulation", "rows"), [(1, 2), (2, 2), (3, 1), (1, 5), (2, 0)])
 def test_every_batch_of_a_training_is_looked_at(examples, accumulation, rows):
     config = config_of(accumulation, rows)
-    collate = offline.make_collate(config.data)
+    collate = batching.make_collate(config.data)
     loader = Loader(examples, batch_size=SIZE, seed=config.seed, collate=collate)
     widths = widths_of([loader.batch_at(step * SIZE)[0] for step in range(STEPS)])
     if not rows:  # every example is looked at, as each may come to be trained on
@@ -75,10 +76,10 @@ def test_scoring_looks_at_all_its_batches_before_the_first(examples, mesh):
 
     data.length_buckets = (width - 1,)
     with pytest.raises(DataError, match=f"^{width} fits in none"):
-        offline.score_responses(score, mesh, examples, data, description="scoring")
+        scoring.score_responses(score, mesh, examples, data, description="scoring")
     assert not scored
     data.length_buckets = (width,)
-    offline.score_responses(score, mesh, examples, data, description="scoring")
+    scoring.score_responses(score, mesh, examples, data, description="scoring")
     assert scored == [(1, width)] * 7
 
 

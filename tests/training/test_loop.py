@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 
 from align_jax.algorithms import sft
-from align_jax.data.pipeline import Loader
+from align_jax.data.loader import Loader
+from align_jax.errors import RunError
 from align_jax.models.interchange import load_model
-from align_jax.training import loop, offline
-from align_jax.training.checkpoint import Checkpointer, flatten
-from align_jax.training.errors import RunError
-from align_jax.training.loop import Interrupted, fit
+from align_jax.training import offline, signals
+from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.metrics import MetricWriter, read_metrics
-from align_jax.training.step import LossSums, TrainState
+from align_jax.training.offline import fit
+from align_jax.training.signals import Interrupted
+from align_jax.training.state import TrainState
+from align_jax.training.step import LossSums
+from align_jax.trees import flatten
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -168,9 +171,9 @@ def test_a_second_signal_acts_as_usual(tmp_path, mesh):
 
 def test_handlers_are_installed_in_the_main_thread_only(monkeypatch):
     other = object()
-    monkeypatch.setattr(loop.threading, "current_thread", lambda: other)
+    monkeypatch.setattr(signals.threading, "current_thread", lambda: other)
     before = signal.getsignal(signal.SIGTERM)
-    with loop.StopSignals() as stop:
+    with signals.StopSignals() as stop:
         assert signal.getsignal(signal.SIGTERM) == before
     assert stop.received is None
 

@@ -11,18 +11,21 @@ import pytest
 from align_jax import main
 from align_jax.algorithms import preference, sft
 from align_jax.config import load_config
+from align_jax.data import batching, dataset
+from align_jax.errors import RunError
 from align_jax.generation import generate
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.frozen import partition
 from align_jax.models.interchange import load_model
 from align_jax.models.lora import add_adapters, merge_adapters, without_adapters
 from align_jax.training import offline, pretrained
-from align_jax.training.checkpoint import Checkpointer, fingerprint, flatten
-from align_jax.training.errors import RunError
+from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.metrics import read_metrics
 from align_jax.training.optimizer import default_optimizer_config, make_optimizer
-from align_jax.training.step import init_state, make_train_step, place_batch
+from align_jax.training.state import init_state
+from align_jax.training.step import make_train_step, place_batch
 from align_jax.training.workdir import Workdir
+from align_jax.trees import fingerprint, flatten
 from tests.devices import run_on_devices
 
 HERE = pathlib.Path(__file__).parent
@@ -58,8 +61,8 @@ def test_only_the_adapters_move_and_the_base_keeps_its_very_arrays(mesh, make_ex
     optimizer = make_optimizer(default_optimizer_config(learning_rate=1e-2, weight_decay=0.1), 10)
     state = init_state(adapted(base, mesh), optimizer, mesh)
     reference, starts = without_adapters(state.model), jax.device_get(flatten(state.model))
-    data = offline.default_data_config(batch_size=4, accumulation=2)
-    batch = offline.make_collate(data)(make_examples([(3, 9), (5, 4), (2, 2), (7, 5)]))
+    data = dataset.default_data_config(batch_size=4, accumulation=2)
+    batch = batching.make_collate(data)(make_examples([(3, 9), (5, 4), (2, 2), (7, 5)]))
     step = make_train_step(sft.loss_sums, optimizer, lambda _: 1.0, state, mesh, accumulated=True)
     frozen = jax.tree.leaves(partition(state.model)[1])
     for _ in range(2):  # B is zero, so A does not move in the first step

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from align_jax.errors import RunError
+from align_jax.progress import progress
 from align_jax.training import metrics
-from align_jax.training.errors import RunError
-from align_jax.training.metrics import MetricWriter, progress, read_metrics
+from align_jax.training.metrics import MetricWriter, read_metrics
 
 
 def run(workdir, steps, resume_step=None):

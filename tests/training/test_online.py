@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from align_jax.data import dataset
 from align_jax.data.batching import build_batch
+from align_jax.errors import RunError
+from align_jax.generation import rollout as rollouts
+from align_jax.generation.rollout import Rollout, default_sampling_config
 from align_jax.models.interchange import load_model, load_tokenizer
-from align_jax.training import offline, online
-from align_jax.training.errors import RunError
-from align_jax.training.online import Rollout, default_sampling_config
+from align_jax.training import online
 from align_jax.training.scoring import by_response, sum_by_response, target_log_probs
 from align_jax.training.step import place_batch
 
@@ -52,7 +54,7 @@ def drawn(monkeypatch, tokens, mask):
     def generate(model, prompts, **settings):
         return tuple(jnp.asarray(x) for x in (tokens, mask, -np.ones(np.shape(tokens)) * mask))
 
-    monkeypatch.setattr(online, "generate", generate)
+    monkeypatch.setattr(rollouts, "generate", generate)
 
 
 def test_a_completion_ends_with_its_first_stop_token_which_counts(monkeypatch, tokenizer, mesh):
@@ -61,7 +63,7 @@ def test_a_completion_ends_with_its_first_stop_token_which_counts(monkeypatch, t
     mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]], np.float32)
     drawn(monkeypatch, tokens, mask)
     sampling = default_sampling_config(samples=2, max_new_tokens=4)
-    rollout = online.roll_out(None, mesh, tokenizer, PROMPTS[:2], sampling, keys=keys(2))
+    rollout = rollouts.roll_out(None, mesh, tokenizer, PROMPTS[:2], sampling, keys=keys(2))
     np.testing.assert_array_equal(rollout.mask, mask)
     np.testing.assert_array_equal(rollout.tokens, tokens)
     # The last one stopped with its last token: not cut short, although it is as long as can be.
@@ -77,7 +79,7 @@ def test_a_truncation_token_ends_a_completion_from_its_place_on(
     tokens = np.array([[20, stop, 21, stop, 22]])
     drawn(monkeypatch, tokens, np.ones((1, 5), np.float32))
     sampling = default_sampling_config(max_new_tokens=5, truncate_token="7", truncate_after=after)
-    rollout = online.roll_out(None, mesh, tokenizer, PROMPTS[:1], sampling, keys=keys(1))
+    rollout = rollouts.roll_out(None, mesh, tokenizer, PROMPTS[:1], sampling, keys=keys(1))
     assert rollout.mask[0].tolist() == [1.0] * kept + [0.0] * (5 - kept)
     assert rollout.tokens[0].tolist() == tokens[0, :kept].tolist() + [0] * (5 - kept)
     assert rollout.log_probs[0].sum() == -kept
@@ -87,14 +89,14 @@ def test_a_truncation_token_ends_a_completion_from_its_place_on(
 def test_a_truncation_token_must_be_one_token(tokenizer):
     sampling = default_sampling_config(truncate_token="12 34")
     with pytest.raises(RunError, match="config.sampling.truncate_token is '12 34', which is"):
-        online.stop_tokens(tokenizer, sampling)
+        rollouts.stop_tokens(tokenizer, sampling)
 
 
 def test_a_completion_does_not_depend_on_what_is_sampled_with_it(model, tokenizer, mesh):
     sampling = default_sampling_config(samples=2, max_new_tokens=5, temperature=0.8)
-    together = online.roll_out(model, mesh, tokenizer, PROMPTS, sampling, keys=keys(3))
+    together = rollouts.roll_out(model, mesh, tokenizer, PROMPTS, sampling, keys=keys(3))
     sampling.batch_prompts = 1
-    alone = online.roll_out(model, mesh, tokenizer, PROMPTS, sampling, keys=keys(3))
+    alone = rollouts.roll_out(model, mesh, tokenizer, PROMPTS, sampling, keys=keys(3))
     np.testing.assert_array_equal(together.tokens, alone.tokens)
     np.testing.assert_allclose(together.log_probs, alone.log_probs, atol=1e-5)
     assert together.texts == alone.texts and together.samples == 2
@@ -103,10 +105,10 @@ def test_a_completion_does_not_depend_on_what_is_sampled_with_it(model, tokenize
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_samplers_log_probs_are_the_trainers(model, tokenizer, mesh, temperature):
     sampling = default_sampling_config(samples=3, max_new_tokens=6, temperature=temperature)
-    rollout = online.roll_out(model, mesh, tokenizer, PROMPTS, sampling, keys=keys(3))
-    layout = online.layout_of(rollout, offline.default_data_config(), longest_prompt=9)
+    rollout = rollouts.roll_out(model, mesh, tokenizer, PROMPTS, sampling, keys=keys(3))
+    layout = rollouts.layout_of(rollout, dataset.default_data_config(), longest_prompt=9)
     batch = place_batch(
-        online.rollout_batch(rollout, range(3), {}, layout), mesh, accumulated=False
+        rollouts.rollout_batch(rollout, range(3), {}, layout), mesh, accumulated=False
     )
     values, _ = target_log_probs(model, batch, temperature=temperature)
     ours = by_response(values, batch, rollout.mask.shape)
@@ -132,12 +134,12 @@ def test_values_come_back_in_the_order_of_the_tokens(rows):
 
 def test_micro_batches_hold_the_groups_in_order_with_their_values():
     rollout = made_rollout([1, 6, 3, 2, 5, 4, 1, 1], samples=2)
-    data = offline.default_data_config(length_buckets=(16, 32))
-    layout = online.layout_of(rollout, data, longest_prompt=9)
+    data = dataset.default_data_config(length_buckets=(16, 32))
+    layout = rollouts.layout_of(rollout, data, longest_prompt=9)
     values = {"scores": np.arange(8.0), "mask": rollout.mask}
-    whole = online.rollout_batch(rollout, [3, 0, 2, 1], values, layout)
+    whole = rollouts.rollout_batch(rollout, [3, 0, 2, 1], values, layout)
     assert whole["scores"].tolist() == [6, 7, 0, 1, 4, 5, 2, 3]
-    halves = online.rollout_batch(rollout, [3, 0, 2, 1], values, layout, parts=2)
+    halves = rollouts.rollout_batch(rollout, [3, 0, 2, 1], values, layout, parts=2)
     for name in ("tokens", "mask", "scores", "targets"):
         joined = halves[name].reshape(whole[name].shape)
         np.testing.assert_array_equal(joined, whole[name], err_msg=name)
@@ -220,13 +222,13 @@ def test_a_metric_that_is_not_finite_ends_the_run_unsaved(mesh):
 def test_a_layout_has_room_for_every_group_and_none_beyond_the_token_budget(lengths, expected):
     rollout = made_rollout(lengths, samples=2)
     rollout = rollout._replace(prompts=[np.arange(7), np.arange(3)])
-    data = offline.default_data_config(length_buckets=(16, 32), target_buckets=(4, 16))
-    layout = online.layout_of(rollout, data, longest_prompt=7)
+    data = dataset.default_data_config(length_buckets=(16, 32), target_buckets=(4, 16))
+    layout = rollouts.layout_of(rollout, data, longest_prompt=7)
     assert layout == expected
-    batch = online.rollout_batch(rollout, [0, 1], {}, layout)
+    batch = rollouts.rollout_batch(rollout, [0, 1], {}, layout)
     # Buckets that are too small end no run: what can be sampled has room.
     data.update(length_buckets=(4,), target_buckets=(1,))
-    assert online.layout_of(rollout, data, longest_prompt=7) == (24, 12)
+    assert rollouts.layout_of(rollout, data, longest_prompt=7) == (24, 12)
     assert batch["tokens"].shape == (2, layout.length)
     assert batch["target_mask"].shape == (2, layout.targets)
     assert batch["target_mask"].sum() == sum(lengths)

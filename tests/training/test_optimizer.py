@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from align_jax.errors import RunError
 from align_jax.models.interchange import load_model
-from align_jax.training.checkpoint import flatten
-from align_jax.training.errors import RunError
 from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
+from align_jax.trees import flatten
 
 PEAK, STEPS = 3e-4, 50
 

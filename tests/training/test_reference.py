@@ -6,15 +6,16 @@ import jax
 import numpy as np
 import pytest
 
+from align_jax.data import dataset
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.interchange import load_model
-from align_jax.training import offline, reference
+from align_jax.training import reference
 from align_jax.training.reference import cache_directory, reference_log_probs
 
 
 @pytest.fixture
 def data():
-    return offline.default_data_config(batch_size=2, length_buckets=(32,), target_buckets=(16,))
+    return dataset.default_data_config(batch_size=2, length_buckets=(32,), target_buckets=(16,))
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_a_write_that_fails_leaves_no_file(mesh, data, examples, computed, monke
 
     model = load_model("tiny")
     with monkeypatch.context() as patch:
-        patch.setattr("align_jax.training.workdir.os.replace", full)
+        patch.setattr("align_jax.files.os.replace", full)
         with pytest.raises(OSError, match="No space"):
             reference_log_probs(model, mesh, examples, data)
     assert files() == []

@@ -7,13 +7,13 @@ import pytest
 
 from align_jax.algorithms import preference, sft
 from align_jax.data.batching import build_batch, separate_responses
-from align_jax.data.chat import encode_records
-from align_jax.data.formats import parse_record
+from align_jax.data.records import parse_record
+from align_jax.data.tokenise import encode_records
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.training import offline
-from align_jax.training.checkpoint import flatten
 from align_jax.training.scoring import sum_by_response, target_log_probs
+from align_jax.trees import flatten
 
 LENGTHS = [(9, 5, 12), (2, 30, 3), (17, 1, 1), (5, 8, 8)]
 

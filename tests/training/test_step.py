@@ -8,19 +8,14 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from align_jax.algorithms import preference, sft
+from align_jax.data import batching, dataset
 from align_jax.distributed.partitioning import MESH_AXES
 from align_jax.models.interchange import load_model
 from align_jax.training import offline
-from align_jax.training.checkpoint import flatten
 from align_jax.training.optimizer import default_optimizer_config, make_optimizer
-from align_jax.training.step import (
-    LossSums,
-    TrainState,
-    init_state,
-    make_train_step,
-    place_batch,
-    state_shardings,
-)
+from align_jax.training.state import TrainState, init_state, state_shardings
+from align_jax.training.step import LossSums, make_train_step, place_batch
+from align_jax.trees import flatten
 
 # Half of the tokens are in the first two examples: an average of averages would be far off.
 UNEQUAL = [
@@ -37,7 +32,7 @@ UNEQUAL = [
 
 def one_step(mesh, loss_function, examples, attach, **data):
     """Metrics of one step of plain SGD at rate 1 and the parameters after it."""
-    data = offline.default_data_config(
+    data = dataset.default_data_config(
         batch_size=len(examples), length_buckets=(16, 64, 192), target_buckets=(16, 192), **data
     )
     optimizer = optax.sgd(1.0)
@@ -46,7 +41,7 @@ def one_step(mesh, loss_function, examples, attach, **data):
     step = make_train_step(
         loss_function, optimizer, lambda step: 0.5, state, mesh, accumulated=accumulated
     )
-    batch = offline.make_collate(data, attach)(examples)
+    batch = batching.make_collate(data, attach)(examples)
     with jax.set_mesh(mesh):
         state, metrics = step(state, place_batch(batch, mesh, accumulated=accumulated))
     return jax.device_get(metrics), jax.device_get(flatten(state.model))
@@ -116,7 +111,7 @@ def test_the_logged_gradient_norm_is_before_clipping_and_the_update_after(mesh, 
     state = init_state(load_model("tiny", mesh=mesh), optimizer, mesh)
     before = jax.device_get(flatten(state.model))
     step = make_train_step(loss_function, optimizer, lambda _: 1.0, state, mesh, accumulated=False)
-    batch = offline.make_collate(offline.default_data_config())(examples)
+    batch = batching.make_collate(dataset.default_data_config())(examples)
     state, metrics = step(state, place_batch(batch, mesh, accumulated=False))
     after = jax.device_get(flatten(state.model))
     moved = np.sqrt(sum(np.square(after[n] - before[n]).sum() for n in before))
@@ -129,7 +124,7 @@ def test_the_state_is_donated(mesh, make_examples):
     optimizer = make_optimizer(default_optimizer_config(), 10)
     state = init_state(load_model("tiny", mesh=mesh), optimizer, mesh)
     step = make_train_step(loss_function, optimizer, lambda _: 1.0, state, mesh, accumulated=False)
-    batch = offline.make_collate(offline.default_data_config())(examples)
+    batch = batching.make_collate(dataset.default_data_config())(examples)
     new, _ = step(state, place_batch(batch, mesh, accumulated=False))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))

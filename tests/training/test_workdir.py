@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from align_jax.errors import RunError
+from align_jax.files import write_file, write_json
 from align_jax.training import workdir as module
-from align_jax.training.errors import RunError
-from align_jax.training.workdir import Workdir, read_config, write_file, write_json
+from align_jax.training.workdir import Workdir, read_config
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from align_jax.data.formats import HUMAN, DataError, Messages, Record
+from align_jax.data.records import HUMAN, Messages, Record
+from align_jax.errors import DataError
 
 OVERLONG = ("error", "truncate", "drop")
 _CHUNK = 256

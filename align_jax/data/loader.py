@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from align_jax.data.formats import DataError
+from align_jax.errors import DataError
 
 
 def permutation(size: int, *key: int) -> np.ndarray:

@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from align_jax.data.formats import DataError, parse_record
+from align_jax.data.records import parse_record
+from align_jax.errors import DataError
 
 WHERE = "pairs.jsonl:17"
 

@@ -3,8 +3,9 @@ import logging
 import numpy as np
 import pytest
 
-from align_jax.data.chat import encode_record, encode_records
-from align_jax.data.formats import DataError, parse_record
+from align_jax.data.records import parse_record
+from align_jax.data.tokenise import encode_record, encode_records
+from align_jax.errors import DataError
 
 EOS = "<|im_end|>"
 TURN = "<|im_start|>{}\n{}<|im_end|>\n"

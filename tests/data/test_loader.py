@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from align_jax.data.formats import DataError
-from align_jax.data.pipeline import Loader, permutation
+from align_jax.data.loader import Loader, permutation
+from align_jax.errors import DataError
 
 PINNED = [6, 1, 8, 5, 2, 7, 9, 4, 3, 0]
 EXAMPLES = [types.SimpleNamespace(id=100 + i) for i in range(10)]

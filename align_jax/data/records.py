@@ -11,6 +11,8 @@ import math
 import reprlib
 from typing import Any
 
+from align_jax.errors import DataError
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -58,10 +60,6 @@ _ROLE_SYNONYMS = {
 
 Record = dict[str, Any]
 Messages = list[dict[str, str]]
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message says what was wrong, where, and what to do."""
 
 
 def parse_record(raw: Any, *, kind: str, where: str) -> Record:

@@ -1,0 +1,58 @@
+"""The train state: what a step reads and writes, and how it lies on a mesh."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from align_jax.distributed.partitioning import named_sharding, replicated
+from align_jax.models.frozen import partition
+from align_jax.models.transformer import parameter_dimensions
+from align_jax.trees import flatten, unflatten
+
+Array = jax.Array
+
+
+class TrainState(NamedTuple):
+    """What a step reads and writes: everything a checkpoint needs but the place in the data.
+
+    The optimizer's state is that of the model's trained parameters alone.
+    """
+
+    step: Array
+    model: nnx.Module
+    optimizer: optax.OptState
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Shardings of a state (or of its shapes): moments lie as their parameters do."""
+    names = flatten(parameter_dimensions(state.model), is_leaf=lambda x: type(x) is tuple)
+    model = {
+        name: named_sharding(mesh, names[name], leaf.shape)
+        for name, leaf in flatten(state.model).items()
+    }
+
+    def like_its_parameter(name):
+        parts = name.split(".")
+        suffixes = (".".join(parts[i:]) for i in range(len(parts)))
+        return next((model[suffix] for suffix in suffixes if suffix in model), replicated(mesh))
+
+    optimizer = {name: like_its_parameter(name) for name in flatten(state.optimizer)}
+    return TrainState(
+        replicated(mesh), unflatten(state.model, model), unflatten(state.optimizer, optimizer)
+    )
+
+
+def init_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state before the first step; the model's arrays are used, not copied."""
+    trained, _ = partition(model)
+    shapes = TrainState(jnp.int32(0), model, jax.eval_shape(optimizer.init, trained))
+    shardings = state_shardings(shapes, mesh)
+    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trained)
+    step = jax.device_put(jnp.int32(0), replicated(mesh))
+    return TrainState(step, jax.device_put(model, shardings.model), moments)
