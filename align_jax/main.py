@@ -9,10 +9,10 @@ Exit status: 0 done; 2 something the user can mend, said in one message; 130 or 
 """
 
 import argparse
+import dataclasses
 import errno
 import json
 import logging
-import os
 import sys
 from typing import Any
 
@@ -97,19 +97,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from align_jax.algorithms import algorithm_of
+    from align_jax.algorithms import algorithm_of, settings_of
     from align_jax.config import load_config
     from align_jax.distributed.mesh import initialize_distributed
     from align_jax.training.workdir import Workdir
 
-    config = load_config(arguments.config, overrides)
-    algorithm = algorithm_of(config)
+    config = settings_of(load_config(arguments.config, overrides))
     initialize_distributed()
     workdir = Workdir(arguments.workdir, config)
     if workdir.finished() is not None:
         print(f"{workdir.path} is finished already. Give another --workdir to run it again.")
         return
-    summary = algorithm.run(config, workdir)
+    summary = algorithm_of(config).run(config, workdir)
     workdir.finish(summary)
     if "eval" in summary:
         print(json.dumps(summary["eval"], indent=2))
@@ -151,11 +150,16 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
-    from align_jax.algorithms import OF_OWN_SAMPLES, algorithm_of
+    from align_jax.algorithms import OF_OWN_SAMPLES, algorithm_of, settings_of
     from align_jax.errors import RunError
-    from align_jax.training.workdir import Workdir
+    from align_jax.training.workdir import Workdir, read_config
 
-    config = _run_config(arguments.workdir)
+    content = read_config(arguments.workdir)
+    if "algorithm" not in content:
+        raise RunError(
+            f"{arguments.workdir} is not the workdir of a run: its config.json is something else's."
+        )
+    config = settings_of(content)
     workdir = Workdir(arguments.workdir, config)
     if config.algorithm in OF_OWN_SAMPLES:
         if arguments.data:
@@ -163,8 +167,9 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
                 f"a run of {config.algorithm} is evaluated on its own samples: no --data."
             )
     elif arguments.data:
-        config.data.eval_source = arguments.data
-    elif not config.data.eval_source and not config.get("held_out"):
+        data = dataclasses.replace(config.data, eval_source=arguments.data)
+        config = dataclasses.replace(config, data=data)
+    elif not config.data.eval_source and not getattr(config, "held_out", 0):
         raise RunError(
             "the run's config has no data.eval_source; name the data with --data=SOURCE."
         )
@@ -173,25 +178,12 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> None:
     from align_jax.models.interchange import save_model
+    from align_jax.training.workdir import read_config
 
-    _run_config(arguments.workdir)
+    read_config(arguments.workdir)  # a workdir, and no other model
     model, tokenizer = _open(arguments.workdir)
     save_model(model, tokenizer, arguments.to)
     print(f"Wrote {arguments.to}")
-
-
-def _run_config(workdir: str | os.PathLike) -> Any:
-    from ml_collections import ConfigDict
-
-    from align_jax.errors import RunError
-    from align_jax.training.workdir import read_config
-
-    content = read_config(workdir)
-    if "algorithm" not in content:
-        raise RunError(
-            f"{workdir} is not the workdir of a run: its config.json is something else's."
-        )
-    return ConfigDict(content)
 
 
 def _open(path: str) -> tuple[Any, Any]:
@@ -203,11 +195,12 @@ def _open(path: str) -> tuple[Any, Any]:
     found = pretrained.run_at(path)
     if found is None:
         return load_model(path), load_tokenizer(path)
-    run, folder = found
-    if run.algorithm == "reward_model":
+    if found.algorithm == "reward_model":
         raise RunError(
-            f"{folder} is a run of a reward model, which writes no text; what transformers loads "
-            f"is {folder / 'reward_model'}."
+            f"{found.folder} is a run of a reward model, which writes no text; what transformers "
+            f"loads is {found.folder / 'reward_model'}."
         )
-    model = pretrained.load_pretrained(run, folder, pretrained.open_mesh(run))
-    return model, pretrained.load_pretrained_tokenizer(folder)
+    mesh = pretrained.open_mesh(found.config)
+    return pretrained.load_pretrained(
+        found.config, path, mesh
+    ), pretrained.load_pretrained_tokenizer(path)

@@ -14,20 +14,18 @@ the comments in it say; it has not been run.
 
 from ml_collections import ConfigDict
 
+from align_jax.algorithms import sft
 from align_jax.config import parse_scale
-from align_jax.data.dataset import default_data_config
-from align_jax.training.offline import default_offline_config
-from align_jax.training.optimizer import default_optimizer_config
+from align_jax.data.dataset import Data
+from align_jax.training.optimizer import Optimizer
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_offline_config()
-    config.algorithm = "sft"
-    config.optimizer = default_optimizer_config(learning_rate=2e-5, schedule="cosine")
-    config.data = default_data_config(
-        source="builtin:tiny_sft", batch_size=8, rows=2, max_length=256
-    )
+    config = sft.Config(
+        optimizer=Optimizer(learning_rate=2e-5, schedule="cosine"),
+        data=Data(source="builtin:tiny_sft", batch_size=8, rows=2, max_length=256),
+    ).to_config_dict()
     if scale == "tiny":
         config.model = "tiny"
         config.optimizer.learning_rate = 1e-3

@@ -8,6 +8,7 @@ import tempfile
 import jax
 import pytest
 
+from align_jax.algorithms import settings_of
 from align_jax.config import load_config
 from align_jax.models.interchange import load_model, load_tokenizer
 
@@ -54,10 +55,10 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture
 def tiny_config():
-    """experiments/NAME.py at scale=tiny with overrides `{"data.batch_size": 4}`."""
+    """Settings of experiments/NAME.py at scale=tiny with overrides `{"data.batch_size": 4}`."""
 
     def load(name, overrides):
         items = [f"--config.{key}={value}" for key, value in overrides.items()]
-        return load_config(f"{EXPERIMENTS / name}.py:scale=tiny", items)
+        return settings_of(load_config(f"{EXPERIMENTS / name}.py:scale=tiny", items))
 
     return load

@@ -1,20 +1,29 @@
-"""One file per method; `ALGORITHMS` says which."""
+"""One file per method; `ALGORITHMS` says which.
+
+A module of an algorithm has
+
+    Config                              its settings
+    train(model, tokenizer, records, config, ...) -> Result      from Python
+    run(config, workdir) -> summary     `train` with the model and the data that the config names
+    evaluate(config, workdir)           the numbers of a finished run
+    sources(config)                     what it reads
+"""
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
-from ml_collections import ConfigDict
-
+from align_jax.data.dataset import Data
 from align_jax.data.sources import load_as_configured
 from align_jax.errors import DataError, RewardError, RunError
+from align_jax.settings import Settings
 
-# What a run reads: a source, the kind of its records, and the `data` config it is read by.
-Source = tuple[str, str, ConfigDict]
+# What a run reads: a source, the kind of its records, and the `data` settings it is read by.
+Source = tuple[str, str, Data]
 
-# What `config.algorithm` may say, and the module with its `run` and `evaluate`, of (config,
-# workdir), its `check`, of a config alone, and its `sources`.
+# What `config.algorithm` may say, and its module.
 ALGORITHMS = {
     "sft": "align_jax.algorithms.sft",
     "preference": "align_jax.algorithms.preference",
@@ -29,12 +38,22 @@ ALGORITHMS = {
 OF_OWN_SAMPLES = ("policy_gradient", "online_preferences", "controlled_sentiment", "stages")
 
 
-def algorithm_of(config: ConfigDict, *, key: str = "config") -> ModuleType:
-    """The module that runs a config; `RunError` if it names none."""
-    name = config.get("algorithm")
+def algorithm_of(config: Any, *, key: str = "config") -> ModuleType:
+    """The module that runs a config, settings or mapping; `RunError` if it names none."""
+    mapping = isinstance(config, Mapping)
+    name = config.get("algorithm") if mapping else getattr(config, "algorithm", None)
     if name not in ALGORITHMS:
         raise RunError(f"{key}.algorithm is {name!r}; expected one of {list(ALGORITHMS)}.")
     return importlib.import_module(ALGORITHMS[name])
+
+
+def settings_of(config: Any, *, key: str = "config") -> Settings:
+    """The checked settings of a `ConfigDict` or a nested mapping.
+
+    Raises:
+      RunError: no such algorithm, or a field that is refused.
+    """
+    return algorithm_of(config, key=key).Config.from_dict(config)
 
 
 def read_sources(sources: list[Source]) -> None:
@@ -46,7 +65,7 @@ def read_sources(sources: list[Source]) -> None:
 
 @contextlib.contextmanager
 def errors_in(name: str) -> Iterator[None]:
-    """Says of an error that it is in `config.NAME`, a run of several in one config."""
+    """Prefixes an error with the sub-config it came from: `in config.sft: ...`."""
     try:
         yield
     except (RunError, DataError, RewardError) as error:

@@ -4,22 +4,31 @@ Loss of a batch: the mean over all response tokens of `-log pi(y_t | x, y_<t)`. 
 none (Ouyang et al. 2022, arXiv:2203.02155, section 3.5); the EOS that ends a response does.
 """
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 
 from align_jax.algorithms import Source
-from align_jax.data import batching, dataset
-from align_jax.data.tokenise import Example
+from align_jax.data.batching import check_lengths
+from align_jax.data.dataset import Records, examples_of
 from align_jax.losses.log_probs import negative_log_likelihood
 from align_jax.models.transformer import Transformer
-from align_jax.training import offline, pretrained
+from align_jax.training import pretrained
+from align_jax.training.offline import OfflineConfig, evaluate_loss, train_offline
 from align_jax.training.scoring import target_log_probs
 from align_jax.training.step import Batch, LossSums
-from align_jax.training.workdir import Workdir
+from align_jax.training.workdir import Result, Workdir
 
 KIND = "sft"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(OfflineConfig):
+    """The settings of a supervised run."""
+
+    algorithm: str = "sft"
 
 
 def loss_sums(model: Transformer, batch: Batch) -> LossSums:
@@ -31,46 +40,81 @@ def loss_sums(model: Transformer, batch: Batch) -> LossSums:
     return LossSums(nll.sum(), mask.sum(), metrics)
 
 
-def check(config: ConfigDict) -> None:
-    """Raises `RunError` for a config that no data and no model could make right."""
-    offline.check_sizes(config)
+def train(
+    model: Transformer,
+    tokenizer: Any,
+    records: Records,
+    config: Config,
+    *,
+    held_out: Records = (),
+    workdir: Workdir | str | None = None,
+    mesh: Mesh | None = None,
+    donate: bool = False,
+) -> Result:
+    """Fine-tunes a model on demonstrations.
+
+    Args:
+      records: demonstrations (docs/data.md, kind `sft`): a list of dicts, a source, or examples.
+      held_out: more of them; their loss in nats a token is `summary["eval"]`.
+      workdir: keeps checkpoints and metrics, so that the same call goes on where it was stopped.
+        Without one nothing is left behind.
+      mesh: where to train; None keeps the model's placement.
+      donate: lets training use the model's memory. `model` is unusable afterwards.
+
+    Raises:
+      RunError: sizes that do not fit data, model or machine; a loss that is not finite.
+      DataError: a record that cannot be used.
+    """
+    examples = examples_of(records, tokenizer, config.data, kind=KIND)
+    held_out = examples_of(held_out, tokenizer, config.data, kind=KIND)
+    check_lengths(config.data, held_out, range(len(held_out)))
+    folder = Workdir.of(workdir, config)
+    model, mesh = pretrained.as_configured(config, model, mesh, donate=donate)
+    directory = folder and folder.path
+    model, metrics = train_offline(
+        config, directory, model, mesh, examples, loss_sums, description="SFT"
+    )
+    return Result(model, metrics, _evaluated(config, model, mesh, held_out), directory)
 
 
-def sources(config: ConfigDict) -> list[Source]:
+def sources(config: Config) -> list[Source]:
     """Where records come from."""
     data = config.data
     return [(data.source, KIND, data), (data.eval_source, KIND, data)]
 
 
-def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    """Trains as configured; returns the summary."""
-    check(config)
+def run(config: Config, workdir: Workdir) -> dict[str, Any]:
+    """`train` with the model and the data that the config names; returns the summary."""
     tokenizer = pretrained.load_pretrained_tokenizer(config.model)
-    examples = dataset.load_examples(config.data, config.data.source, tokenizer, kind=KIND)
-    held_out = _held_out(config, tokenizer)
-    model, mesh = pretrained.open_model(config)
-    model = offline.train(config, workdir.path, model, mesh, examples, loss_sums, description="SFT")
-    return _evaluated(config, model, mesh, held_out)
+    examples = examples_of(config.data.source, tokenizer, config.data, kind=KIND)
+    held_out = examples_of(config.data.eval_source, tokenizer, config.data, kind=KIND)
+    mesh = pretrained.open_mesh(config)
+    model = pretrained.load_pretrained(config, config.model, mesh)
+    result = train(
+        model,
+        tokenizer,
+        examples,
+        config,
+        held_out=held_out,
+        workdir=workdir,
+        mesh=mesh,
+        donate=True,
+    )
+    return result.summary
 
 
-def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+def evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     """The trained model's loss on `config.data.eval_source`, in nats a token."""
-    held_out = _held_out(config, pretrained.load_pretrained_tokenizer(config.model))
+    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
+    held_out = examples_of(config.data.eval_source, tokenizer, config.data, kind=KIND)
+    check_lengths(config.data, held_out, range(len(held_out)))
     mesh = pretrained.open_mesh(config)
     model = pretrained.restored_model(config, workdir.path, mesh)
     return _evaluated(config, model, mesh, held_out)
 
 
-def _held_out(config, tokenizer) -> list[Example]:
-    if not config.data.eval_source:
-        return []
-    examples = dataset.load_examples(config.data, config.data.eval_source, tokenizer, kind=KIND)
-    batching.check_lengths(config.data, examples, range(len(examples)))
-    return examples
-
-
-def _evaluated(config, model, mesh, examples) -> dict[str, Any]:
+def _evaluated(config: Config, model: Transformer, mesh: Mesh, examples: list) -> dict[str, Any]:
     if not examples:
         return {}
-    metrics = offline.evaluate(config, model, mesh, examples, loss_sums)
+    metrics = evaluate_loss(config, model, mesh, examples, loss_sums)
     return {"eval": metrics | {"perplexity": float(jnp.exp(metrics["loss"]))}}

@@ -22,9 +22,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from align_jax.data.tokenise import Example
 from align_jax.errors import DataError
@@ -196,7 +196,7 @@ Attach = Callable[[Example], dict[str, np.ndarray]]
 
 
 def make_collate(
-    data: ConfigDict, attach: Attach | None = None
+    data: Any, attach: Attach | None = None
 ) -> Callable[[Sequence[Example]], dict[str, np.ndarray]]:
     """A function from examples to a batch; with accumulation, micro-batches are its first axis."""
     parts = data.accumulation
@@ -228,14 +228,8 @@ def make_collate(
     return collate
 
 
-def _num_rows(data: ConfigDict, num_examples: int) -> int:
+def _num_rows(data: Any, num_examples: int) -> int:
     return min(data.rows or num_examples, num_examples)
-
-
-def unaccumulated(data: ConfigDict) -> ConfigDict:
-    """`data` with micro-batches for batches: what runs by itself fits where they do."""
-    size = data.batch_size // data.accumulation
-    return ConfigDict(data.to_dict() | {"batch_size": size, "accumulation": 1})
 
 
 def by_length(examples: Sequence[Example]) -> np.ndarray:
@@ -243,12 +237,14 @@ def by_length(examples: Sequence[Example]) -> np.ndarray:
     return np.argsort([num_tokens(example) for example in examples], kind="stable")
 
 
-def check_lengths(data: ConfigDict, examples: Sequence[Example], order: Iterable[int]) -> None:
+def check_lengths(data: Any, examples: Sequence[Example], order: Iterable[int]) -> None:
     """Raises `DataError` for an example, or a row of packed ones, that no bucket of `data` holds.
 
     `order` has the places of the examples as they come, micro-batch after micro-batch: it decides
     which of them share a row, and is not read where none do.
     """
+    if not examples:
+        return
     sizes = [example_size(example) for example in examples]
     if data.rows:
         size, order, rows = data.batch_size // data.accumulation, iter(order), []

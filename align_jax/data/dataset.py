@@ -1,48 +1,89 @@
 """From a source to tokenised examples, as a run's `config.data` says."""
 
-from collections.abc import Sequence
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from align_jax.data.records import Record
-from align_jax.data.sources import load_as_configured
-from align_jax.data.tokenise import Example, encode_records
+from align_jax.data.records import Record, parse_record
+from align_jax.data.sources import INVALID, load_as_configured
+from align_jax.data.tokenise import OVERLONG, Example, encode_records
+from align_jax.errors import RunError
 from align_jax.progress import progress
+from align_jax.settings import Settings
 
 
-def default_data_config(**overrides: Any) -> ConfigDict:
-    """The fields of `config.data` that the offline algorithms read; lengths are in tokens."""
-    config = ConfigDict(
-        {
-            "source": "",  # see docs/data.md
-            "eval_source": "",  # held-out records, evaluated by `python -m align_jax evaluate`
-            "limit": 0,  # read this many records; 0 reads all
-            "invalid": "error",  # "error" | "drop": what a record with wrong fields does
-            "max_length": 1024,
-            "max_prompt_length": 0,  # 0: what the longest response leaves of max_length
-            "min_prompt_length": 16,  # a response that leaves its prompt less is too long
-            "overlong": "error",  # "error" | "truncate" | "drop": what a too long response does
-            "batch_size": 16,
-            "accumulation": 1,  # micro-batches a batch is split into
-            "rows": 0,  # rows a micro-batch is packed into; 0: one example a row
-            "length_buckets": tuple(64 * i for i in range(1, 129)),
-            "target_buckets": tuple(64 * i for i in range(1, 129)),
-        }
-    )
-    config.update(overrides)
-    return config
+@dataclasses.dataclass(frozen=True)
+class Data(Settings, key="config.data"):
+    """Which records a run reads, and how they become batches; lengths are in tokens."""
+
+    source: str = ""  # see docs/data.md
+    eval_source: str = ""  # held-out records, evaluated by `python -m align_jax evaluate`
+    limit: int = 0  # read this many records; 0 reads all
+    invalid: str = "error"  # "error" | "drop": what a record with wrong fields does
+    max_length: int = 1024
+    max_prompt_length: int = 0  # 0: what the longest response leaves of max_length
+    min_prompt_length: int = 16  # a response that leaves its prompt less is too long
+    overlong: str = "error"  # "error" | "truncate" | "drop": what a too long response does
+    batch_size: int = 16
+    accumulation: int = 1  # micro-batches a batch is split into
+    rows: int = 0  # rows a micro-batch is packed into; 0: one example a row
+    length_buckets: tuple[int, ...] = tuple(64 * i for i in range(1, 129))
+    target_buckets: tuple[int, ...] = tuple(64 * i for i in range(1, 129))
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(0, "limit", "max_prompt_length", "rows")
+        self.at_least(1, "min_prompt_length", "batch_size", "accumulation")
+        self.at_least(2, "max_length")
+        self.one_of(INVALID, "invalid")
+        self.one_of(OVERLONG, "overlong")
+        if self.batch_size % self.accumulation:
+            raise RunError(
+                f"config.data.batch_size = {self.batch_size} is no multiple of "
+                f"config.data.accumulation = {self.accumulation}."
+            )
+        for name in ("length_buckets", "target_buckets"):
+            if not all(bucket > 0 for bucket in getattr(self, name)):
+                raise RunError(f"config.data.{name} has a bucket that is not above 0.")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples of one micro-batch."""
+        return self.batch_size // self.accumulation
+
+    def unaccumulated(self) -> "Data":
+        """`self` with the micro-batch size as batch size and no accumulation.
+
+        Scoring and evaluation then need no more memory than training.
+        """
+        return dataclasses.replace(self, batch_size=self.micro_batch_size, accumulation=1)
 
 
-def load_examples(data: ConfigDict, source: str, tokenizer: Any, *, kind: str) -> list[Example]:
-    """Reads, checks and tokenises every record of a source before anything is computed."""
-    records = load_as_configured(data, source, kind=kind)
-    return tokenised(data, records, tokenizer, kind=kind)
+# Records for `train`: dicts, a source that `data.sources` reads, or examples made before.
+Records = Sequence[Mapping[str, Any]] | Sequence[Example] | str | os.PathLike
 
 
-def tokenised(
-    data: ConfigDict, records: Sequence[Record], tokenizer: Any, *, kind: str
-) -> list[Example]:
+def examples_of(records: Records, tokenizer: Any, data: Data, *, kind: str) -> list[Example]:
+    """Reads, checks and tokenises records before anything is computed; no source, no examples.
+
+    Examples are returned as they are: whoever made them has checked them.
+
+    Raises:
+      DataError: a source that cannot be read, or a record that cannot be used.
+    """
+    if isinstance(records, str | os.PathLike):
+        if not records:
+            return []
+        return tokenised(data, load_as_configured(data, records, kind=kind), tokenizer, kind=kind)
+    records = list(records)
+    if all(isinstance(one, Example) for one in records):
+        return records
+    parsed = [parse_record(one, kind=kind, where=f"records[{i}]") for i, one in enumerate(records)]
+    return tokenised(data, parsed, tokenizer, kind=kind)
+
+
+def tokenised(data: Data, records: Sequence[Record], tokenizer: Any, *, kind: str) -> list[Example]:
     """Examples of records, cut, left out or refused as `data` says; their ids are the places."""
     with progress(description="tokenising", total=len(records), unit="record") as bar:
         return encode_records(

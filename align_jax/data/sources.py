@@ -29,7 +29,7 @@ from align_jax.data.records import OPTIONAL, REQUIRED, ROLES, Record, parse_reco
 from align_jax.errors import DataError
 
 FILE_TYPES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-_INVALID = ("error", "drop")
+INVALID = ("error", "drop")
 _FIELDS = re.compile(r":(\w+=[^,=:#/]+(?:,\w+=[^,=:#/]+)*)$")
 _log = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ def load_records(
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; expected at least 1, or none")
-    if invalid not in _INVALID:
-        raise DataError(f"data.invalid is {invalid!r}; expected one of {', '.join(_INVALID)}")
+    if invalid not in INVALID:
+        raise DataError(f"data.invalid is {invalid!r}; expected one of {', '.join(INVALID)}")
     source, fields = _split_fields(os.fspath(source), kind)
     scheme, colon, rest = source.partition(":")
     if colon and scheme in _SCHEMES:

@@ -7,6 +7,9 @@ from jax.sharding import AxisType, Mesh
 
 from align_jax.distributed.partitioning import MESH_AXES
 
+# The compiler propagates shardings from the rules; jax.make_mesh would default to Explicit.
+_AUTO = (AxisType.Auto,) * len(MESH_AXES)
+
 
 def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1) -> Mesh:
     """A mesh with the axes `data`, `fsdp`, `tensor`, `context` over all devices of all hosts.
@@ -34,10 +37,12 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 
             f"mesh({asked}) does not fit {devices} device(s): the sizes must multiply to "
             f"{devices}; set config.mesh.* accordingly (-1 on one axis takes the rest)."
         )
-    # Auto: the compiler propagates shardings from the rules. make_mesh would default to Explicit.
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=_AUTO)
+
+
+def single_device_mesh(device: jax.Device) -> Mesh:
+    """A mesh of one device, for a model that was put there without a mesh."""
+    return jax.make_mesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=_AUTO, devices=[device])
 
 
 def initialize_distributed() -> None:

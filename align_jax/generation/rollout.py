@@ -1,36 +1,45 @@
 """Rollouts: completions of prompts, where they end, and the batches they become."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from align_jax.data.batching import build_batch
+from align_jax.data.dataset import Data
 from align_jax.data.tokenise import Example
 from align_jax.errors import RunError
 from align_jax.generation.sampler import generate
 from align_jax.models.transformer import Transformer
+from align_jax.settings import Settings
 
 
-def default_sampling_config(**overrides: Any) -> ConfigDict:
-    """The fields of `config.sampling`; lengths are in tokens."""
-    config = ConfigDict(
-        {
-            "prompts": 64,  # of an iteration
-            "samples": 1,  # of each prompt
-            "max_new_tokens": 64,
-            "temperature": 1.0,
-            "batch_prompts": 0,  # prompts decoded together; 0: all of an iteration
-            "batch_samples": 0,  # samples of a prompt that an evaluation draws together; 0: all
-            "truncate_token": "",  # a completion is cut after the first one of this token ...
-            "truncate_after": 0,  # ... that stands at this place (from 0) or later
-        }
-    )
-    config.update(overrides)
-    return config
+@dataclasses.dataclass(frozen=True)
+class Sampling(Settings, key="config.sampling"):
+    """How completions are drawn; lengths are in tokens."""
+
+    prompts: int = 64  # of an iteration
+    samples: int = 1  # of each prompt
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    batch_prompts: int = 0  # prompts decoded together; 0: all of an iteration
+    batch_samples: int = 0  # samples of a prompt that an evaluation draws together; 0: all
+    truncate_token: str = ""  # a completion is cut after the first one of this token ...
+    truncate_after: int = 0  # ... that stands at this place (from 0) or later
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "prompts", "samples", "max_new_tokens")
+        self.at_least(0, "temperature", "batch_prompts", "batch_samples", "truncate_after")
+        if self.truncate_after and not self.truncate_token:
+            raise RunError(
+                f"config.sampling.truncate_after = {self.truncate_after} says from where on "
+                "config.sampling.truncate_token ends a completion, and that is empty: name a "
+                "token, or set config.sampling.truncate_after=0."
+            )
 
 
 class Rollout(NamedTuple):
@@ -86,7 +95,7 @@ class Rollout(NamedTuple):
         )
 
 
-def stop_tokens(tokenizer: Any, sampling: ConfigDict) -> tuple[int, ...]:
+def stop_tokens(tokenizer: Any, sampling: Sampling) -> tuple[int, ...]:
     """EOS and `sampling.truncate_token`; `RunError` if that is not one token."""
     stops = (tokenizer.eos_token_id,)
     if not sampling.truncate_token:
@@ -105,7 +114,7 @@ def roll_out(
     mesh: Mesh,
     tokenizer: Any,
     prompts: Sequence[np.ndarray],
-    sampling: ConfigDict,
+    sampling: Sampling,
     *,
     keys: jax.Array,
     samples: int | None = None,
@@ -114,7 +123,7 @@ def roll_out(
 
     Args:
       prompts: token ids of each.
-      sampling: see `default_sampling_config`.
+      sampling: see `Sampling`.
       keys: one PRNG key a prompt; a completion depends on its prompt's key and number only.
       samples: instead of `sampling.samples`.
     """
@@ -164,7 +173,7 @@ class Layout(NamedTuple):
     targets: int
 
 
-def layout_of(rollout: Rollout, data: ConfigDict, *, longest_prompt: int) -> Layout:
+def layout_of(rollout: Rollout, data: Data, *, longest_prompt: int) -> Layout:
     """The smallest buckets that hold every group of a rollout, or what any rollout can need.
 
     Args:

@@ -7,6 +7,7 @@ optimises, donates or saves takes a model apart with `partition` and needs no li
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Model = TypeVar("Model")
@@ -57,3 +58,9 @@ def _retype(model: Model, old: type, new: type) -> Model:
         model,
         is_leaf=lambda x: isinstance(x, old),
     )
+
+
+def own_trained(model: Model) -> Model:
+    """The model with copies of what is trained, for a step that consumes it; the rest is shared."""
+    trained, frozen = partition(model)
+    return combine(jax.tree.map(jnp.copy, trained), frozen)

@@ -32,6 +32,7 @@ from align_jax.models.transformer import Transformer, TransformerConfig, paramet
 __all__ = [
     "ModelError",
     "abstract_model",
+    "abstract_transformer",
     "load_model",
     "load_reward_model",
     "load_tokenizer",
@@ -121,6 +122,11 @@ def abstract_model(
     location = locate(path, weights=False)
     with _naming(location):
         config, _ = _open(location, compute_dtype, remat, weights=False)
+    return abstract_transformer(config, mesh)
+
+
+def abstract_transformer(config: TransformerConfig, mesh: Mesh) -> Transformer:
+    """A model of this configuration as float32 shapes with the shardings of `mesh`."""
     model = jax.eval_shape(lambda: Transformer(config, key=jax.random.key(0)))
     dimensions = parameter_dimensions(model)
     return jax.tree.map(

@@ -8,6 +8,7 @@ before.
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -22,10 +23,13 @@ import numpy as np
 from align_jax.errors import RunError
 from align_jax.files import write_json
 from align_jax.models.frozen import combine, partition
+from align_jax.models.transformer import TransformerConfig
 from align_jax.trees import fingerprint, flatten, unflatten
 
 # The field of the JSON object that holds the fingerprints of frozen parameters, by item.
 _FROZEN = "frozen_fingerprints"
+# The field that holds the model's `TransformerConfig`.
+_ARCHITECTURE = "architecture"
 # In the directory of a step: the sizes of its files in bytes.
 _SIZES = "file_sizes.json"
 
@@ -90,6 +94,9 @@ class Checkpointer:
         frozen = {name: frozen for name, tree in items.items() if (frozen := _frozen(tree))}
         if frozen:
             data = data | {_FROZEN: frozen}
+        config = getattr(items["model"], "config", None)
+        if isinstance(config, TransformerConfig):
+            data = data | {_ARCHITECTURE: dataclasses.asdict(config)}
         self._saved = int(state.step)
         with self._naming_a_full_disk():
             self._manager.save(
@@ -127,6 +134,16 @@ class Checkpointer:
         """The newest checkpoint's JSON object alone."""
         return self._restore(self.latest_step(), {})[1]
 
+    def architecture(self) -> TransformerConfig:
+        """Sizes and family of the newest checkpoint's model."""
+        with self._naming_damage(step := self.latest_step()):
+            self._check_sizes(step)
+            args = self._ocp.args.Composite(data=self._ocp.args.JsonRestore())
+            fields = self._manager.restore(step, args=args)["data"][_ARCHITECTURE]
+            scaling = fields["rope_scaling"]
+            fields["rope_scaling"] = scaling and tuple((name, value) for name, value in scaling)
+            return TransformerConfig(**fields)
+
     def _restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The items, and the JSON object that was saved with them."""
         with self._naming_damage(step):
@@ -148,6 +165,7 @@ class Checkpointer:
         wanted["data"] = args.JsonRestore()
         restored = self._manager.restore(step, args=args.Composite(**wanted))
         data = dict(restored["data"])
+        data.pop(_ARCHITECTURE, None)
         saved_on = data.pop(_FROZEN, {})
         parts = {}
         for item, tree in items.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from align_jax.errors import RunError
+from align_jax.files import write_file
 
 _FILE = "metrics.jsonl"
 _RESERVED = ("step", "wall_time")
@@ -50,15 +51,6 @@ def _to_json(row: Mapping[str, float]) -> str:
     return json.dumps(kept, allow_nan=False) + "\n"
 
 
-def _replace_rows(path: Path, rows: list[dict[str, float]]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text("".join(_to_json(row) for row in rows), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class MetricWriter:
     """Writes metrics to WORKDIR/metrics.jsonl, to TensorBoard and, when asked, to Weights & Biases.
 
@@ -67,17 +59,21 @@ class MetricWriter:
     run; with None the run starts over and all rows are dropped. TensorBoard hides the dropped
     steps likewise. Of several processes only the first writes. Raises RunError, before anything is
     changed, if `wandb_project` is given without wandb installed or metrics.jsonl is damaged.
+
+    Attributes:
+      rows: what this process kept and wrote; all there is if `workdir` is None.
     """
 
     def __init__(
         self,
-        workdir: str | os.PathLike,
+        workdir: str | os.PathLike | None,
         *,
         resume_step: int | None = None,
         wandb_project: str | None = None,
     ):
+        self.rows: list[dict[str, float]] = []
         self._file = self._tensorboard = self._wandb = None
-        if jax.process_index() != 0:
+        if workdir is None or jax.process_index() != 0:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -86,7 +82,9 @@ class MetricWriter:
             kept = [row for row in read_metrics(workdir) if row["step"] <= resume_step]
         if wandb_project is not None:
             self._wandb = _start_wandb(workdir, wandb_project)
-        _replace_rows(workdir / _FILE, kept)
+        lines = "".join(_to_json(row) for row in kept)
+        write_file(workdir / _FILE, lines.encode("utf-8"))
+        self.rows += kept
         self._file = (workdir / _FILE).open("a", encoding="utf-8")
 
         from tensorboardX import SummaryWriter
@@ -100,13 +98,15 @@ class MetricWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics (scalars, also jax arrays) of `step`: on disk when it returns."""
-        if self._file is None:
-            return
         values = {name: float(value) for name, value in metrics.items()}
         for name in _RESERVED:
             if name in values:
                 raise ValueError(f"a metric may not be called {name!r}: every row has that field")
-        self._file.write(_to_json({"step": int(step), "wall_time": time.time(), **values}))
+        row = {"step": int(step), "wall_time": time.time(), **values}
+        self.rows.append(row)
+        if self._file is None:
+            return
+        self._file.write(_to_json(row))
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)

@@ -1,19 +1,17 @@
-"""What the offline algorithms share: from a config, records and a loss to a trained model."""
+"""The offline loop: iterate a data set, step, log, save; stop cleanly; continue exactly."""
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from align_jax.data.batching import (
-    Attach,
-    check_lengths,
-    make_collate,
-    unaccumulated,
-)
+from align_jax.data.batching import Attach, check_lengths, make_collate
+from align_jax.data.dataset import Data
 from align_jax.data.loader import Loader
 from align_jax.data.tokenise import Example
 from align_jax.errors import RunError
@@ -22,41 +20,30 @@ from align_jax.models.transformer import Transformer
 from align_jax.progress import progress
 from align_jax.training.checkpoint import Checkpointer, require_space
 from align_jax.training.metrics import MetricWriter
-from align_jax.training.optimizer import make_optimizer, make_schedule
-from align_jax.training.pretrained import default_run_config
+from align_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
+from align_jax.training.pretrained import RunConfig
 from align_jax.training.signals import Interrupted, StopSignals
 from align_jax.training.state import TrainState, init_state
 from align_jax.training.step import LossFunction, make_train_step, place_batch
 
 
-def default_offline_config() -> ConfigDict:
-    """The fields of an offline algorithm's config beside `data`, `optimizer` and its own."""
-    config = default_run_config()
-    config.update(
-        num_epochs=1.0,
-        num_steps=0,  # 0: what num_epochs comes to
-        log_every=1,
-    )
-    return config
+@dataclasses.dataclass(frozen=True)
+class OfflineConfig(RunConfig):
+    """What every algorithm that iterates a data set sets beside its own fields."""
+
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    num_epochs: float = 1.0
+    num_steps: int = 0  # 0: what num_epochs comes to
+    log_every: int = 1  # steps
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(0, "num_epochs", "num_steps")
+        self.at_least(1, "log_every")
 
 
-def check_sizes(config: ConfigDict) -> None:
-    """Raises `RunError` for counts or a schedule that no data and no model could make right."""
-    data = config.data
-    counts = {f"data.{name}": data[name] for name in ("batch_size", "accumulation")}
-    counts |= {name: config[name] for name in ("log_every", "checkpoint_every")}
-    for name, count in counts.items():
-        if count < 1:
-            raise RunError(f"config.{name} is {count}; expected at least 1.")
-    if data.batch_size % data.accumulation:
-        raise RunError(
-            f"config.data.batch_size = {data.batch_size} is no multiple of "
-            f"config.data.accumulation = {data.accumulation}."
-        )
-    make_schedule(config.optimizer, 1)
-
-
-def check_context(config: ConfigDict, model: Transformer) -> None:
+def check_context(config: OfflineConfig, model: Transformer) -> None:
     """Raises `RunError` for texts longer than the model's context."""
     if config.data.max_length > model.config.context_length:
         raise RunError(
@@ -65,21 +52,24 @@ def check_context(config: ConfigDict, model: Transformer) -> None:
         )
 
 
-def check_training_lengths(config: ConfigDict, examples: Sequence[Example], num_steps: int) -> None:
+def check_training_lengths(
+    config: OfflineConfig, examples: Sequence[Example], num_steps: int
+) -> None:
     """`check_lengths` of every batch of a training, so that none ends it after hours."""
     size = config.data.batch_size
     loader = Loader(examples, batch_size=size, seed=config.seed, collate=list)
     check_lengths(config.data, examples, loader.places(0, num_steps * size))
 
 
-def check(config: ConfigDict, directory: Path, model: Transformer, num_examples: int) -> int:
+def count_steps(
+    config: OfflineConfig, directory: Path | None, model: nnx.Module, num_examples: int
+) -> int:
     """The number of steps of a run; fails now for what would stop it after hours.
 
     Raises:
-      RunError: sizes in the config that do not fit each other, the data or the model, an unknown
-        schedule, too little disk space for the checkpoints.
+      RunError: sizes in the config that do not fit the data or the model, or too little disk space
+        in `directory` for the checkpoints.
     """
-    check_sizes(config)
     check_context(config, model)
     data = config.data
     if data.batch_size > num_examples:
@@ -93,33 +83,41 @@ def check(config: ConfigDict, directory: Path, model: Transformer, num_examples:
             f"config.num_epochs = {config.num_epochs} of {num_examples} examples is less than "
             f"half a batch of config.data.batch_size = {data.batch_size}."
         )
-    optimizer = make_optimizer(config.optimizer, num_steps)
-    trained, _ = partition(model)
-    state = jax.eval_shape(lambda m: (m, optimizer.init(m)), trained)
-    require_space(directory, state)
+    if directory is not None:
+        optimizer = make_optimizer(config.optimizer, num_steps)
+        trained, _ = partition(model)
+        state = jax.eval_shape(lambda m: (m, optimizer.init(m)), trained)
+        require_space(directory, state)
     return num_steps
 
 
-def train(
-    config: ConfigDict,
-    directory: Path,
-    model: Transformer,
+def train_offline(
+    config: OfflineConfig,
+    directory: Path | None,
+    model: nnx.Module,
     mesh: Mesh,
     examples: Sequence[Example],
     loss_function: LossFunction,
     *,
     attach: Attach | None = None,
     description: str,
-) -> Transformer:
-    """Trains `model` (consumed) on `examples` in a run directory, or goes on where it was stopped.
+) -> tuple[nnx.Module, list[dict[str, float]]]:
+    """Trains `model` (consumed) on `examples`, or goes on where the run was stopped.
+
+    Args:
+      directory: the run's; None keeps nothing on disk.
+      attach: gives an example's batch more values; see `data.batching.Attach`.
+
+    Returns:
+      the trained model, and the metrics of every `log_every`-th step.
 
     Raises:
-      RunError: see `check`; a checkpoint of another model; a loss that is not finite.
+      RunError: see `count_steps`; a checkpoint of another model; a loss that is not finite.
       DataError: see `check_lengths`.
-      Interrupted: see `fit`.
+      Interrupted: see `fit_offline`.
     """
     data = config.data
-    num_steps = check(config, directory, model, len(examples))
+    num_steps = count_steps(config, directory, model, len(examples))
     check_training_lengths(config, examples, num_steps)
     loader = Loader(
         examples, batch_size=data.batch_size, seed=config.seed, collate=make_collate(data, attach)
@@ -134,69 +132,41 @@ def train(
         mesh,
         accumulated=data.accumulation > 1,
     )
-    checkpointer = Checkpointer(directory / "checkpoints", clean=True)
-    try:
-        resumed = checkpointer.latest_step()
+    with contextlib.ExitStack() as stack:
+        checkpointer = resumed = None
+        if directory is not None:
+            checkpointer = Checkpointer(directory / "checkpoints", clean=True)
+            stack.callback(checkpointer.close)
+            resumed = checkpointer.latest_step()
         if resumed is not None:
             state, _ = checkpointer.restore(state)
-        with MetricWriter(
-            directory, resume_step=resumed, wandb_project=config.wandb_project or None
-        ) as writer:
-            state = fit(
-                state,
-                train_step,
-                loader,
-                mesh=mesh,
-                num_steps=num_steps,
-                checkpointer=checkpointer,
-                writer=writer,
-                checkpoint_every=config.checkpoint_every,
-                log_every=config.log_every,
-                accumulated=data.accumulation > 1,
-                description=description,
-            )
-    finally:
-        checkpointer.close()
-    return state.model
+        writer = stack.enter_context(
+            MetricWriter(directory, resume_step=resumed, wandb_project=config.wandb_project or None)
+        )
+        state = fit_offline(
+            state,
+            train_step,
+            loader,
+            mesh=mesh,
+            num_steps=num_steps,
+            checkpointer=checkpointer,
+            writer=writer,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            accumulated=data.accumulation > 1,
+            description=description,
+        )
+    return state.model, writer.rows
 
 
-def evaluate(
-    config: ConfigDict,
-    model: Transformer,
-    mesh: Mesh,
-    examples: Sequence[Example],
-    loss_function: LossFunction,
-    *,
-    attach: Attach | None = None,
-) -> dict[str, float]:
-    """The loss and its metrics over all examples, in order, without training."""
-    data = unaccumulated(config.data)
-    collate = make_collate(data, attach)
-    totals: dict[str, float] = {}
-    run = jax.jit(loss_function)
-    with (
-        jax.set_mesh(mesh),
-        progress(description="evaluating", total=len(examples), unit="example") as bar,
-    ):
-        for start in range(0, len(examples), data.batch_size):
-            part = examples[start : start + data.batch_size]
-            sums = run(model, place_batch(collate(part), mesh, accumulated=False))
-            values = {"loss": sums.loss, "weight": sums.weight, **sums.metrics}
-            for name, value in jax.device_get(values).items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-            bar.update(len(part))
-    weight = totals.pop("weight")
-    return {name: total / weight for name, total in totals.items()}
-
-
-def fit(
+def fit_offline(
     state: TrainState,
     train_step: Callable[[TrainState, dict], tuple[TrainState, dict]],
     loader: Loader,
     *,
     mesh: Mesh,
     num_steps: int,
-    checkpointer: Checkpointer,
+    checkpointer: Checkpointer | None,
     writer: MetricWriter,
     checkpoint_every: int,
     log_every: int,
@@ -206,7 +176,8 @@ def fit(
     """Runs `train_step` until `num_steps`, from wherever `state` is, and saves the last state.
 
     The place in the data is `step * batch_size`, so a state says where to go on. Metrics of every
-    step are checked, and those of every `log_every`-th written.
+    step are checked, and those of every `log_every`-th written. Without a checkpointer nothing is
+    saved, and a signal acts as usual.
 
     Raises:
       RunError: a loss or gradient is not finite; names the step and the batch's example ids.
@@ -236,11 +207,13 @@ def fit(
 
     def save(state: TrainState) -> None:
         settle()
-        checkpointer.save(state, {"next_example": int(state.step) * loader.batch_size})
+        if checkpointer is not None:
+            checkpointer.save(state, {"next_example": int(state.step) * loader.batch_size})
 
     batches = loader.batches(first * loader.batch_size)
     bar = progress(description=description, total=num_steps, initial=first, unit="step")
-    with bar, StopSignals() as stop, jax.set_mesh(mesh):
+    signals = StopSignals(active=checkpointer is not None)
+    with bar, signals as stop, jax.set_mesh(mesh):
         try:
             for step in range(first + 1, num_steps + 1):
                 batch, ids = next(batches)
@@ -255,7 +228,37 @@ def fit(
                     break
         finally:
             batches.close()
-        checkpointer.wait()
+        if checkpointer is not None:
+            checkpointer.wait()
         if stop.received is not None:
             raise Interrupted(stop.received, int(state.step))
     return state
+
+
+def evaluate_loss(
+    config: OfflineConfig,
+    model: Transformer,
+    mesh: Mesh,
+    examples: Sequence[Example],
+    loss_function: LossFunction,
+    *,
+    attach: Attach | None = None,
+) -> dict[str, float]:
+    """The loss and its metrics over all examples, in order, without training."""
+    data = config.data.unaccumulated()
+    collate = make_collate(data, attach)
+    totals: dict[str, float] = {}
+    run = jax.jit(loss_function)
+    with (
+        jax.set_mesh(mesh),
+        progress(description="evaluating", total=len(examples), unit="example") as bar,
+    ):
+        for start in range(0, len(examples), data.batch_size):
+            part = examples[start : start + data.batch_size]
+            sums = run(model, place_batch(collate(part), mesh, accumulated=False))
+            values = {"loss": sums.loss, "weight": sums.weight, **sums.metrics}
+            for name, value in jax.device_get(values).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+            bar.update(len(part))
+    weight = totals.pop("weight")
+    return {name: total / weight for name, total in totals.items()}

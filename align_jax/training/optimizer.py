@@ -1,34 +1,40 @@
 """AdamW in float32 with a schedule, from a config."""
 
+import dataclasses
+
 import jax
 import optax
-from ml_collections import ConfigDict
 
-from align_jax.errors import RunError
+from align_jax.settings import Settings
+
+SCHEDULES = ("constant", "linear", "cosine")
 
 # Norms and biases are not decayed: pulling a scale towards 0 is no prior worth having.
 NOT_DECAYED = ("scale", "bias")
 
 
-def default_optimizer_config(**overrides) -> ConfigDict:
-    """The fields `make_optimizer` reads; every experiment starts from these."""
-    config = ConfigDict(
-        {
-            "learning_rate": 1e-6,
-            "schedule": "constant",  # "constant" | "linear" | "cosine": what follows the warm-up
-            "warmup_steps": 0,
-            "b1": 0.9,
-            "b2": 0.95,
-            "eps": 1e-8,
-            "weight_decay": 0.0,
-            "max_grad_norm": 1.0,
-        }
-    )
-    config.update(overrides)
-    return config
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Settings, key="config.optimizer"):
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-6
+    schedule: str = "constant"  # "constant" | "linear" | "cosine": what follows the warm-up
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # gradients are clipped to this global norm
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.one_of(SCHEDULES, "schedule")
+        self.at_least(0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+        self.between(0, 1, "b1", "b2")
+        self.above(0, "eps")
 
 
-def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
+def make_schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then constant, or falling to 0 at `num_steps`."""
     peak, warmup = config.learning_rate, config.warmup_steps
     remaining = max(num_steps - warmup, 1)
@@ -37,10 +43,6 @@ def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
         "linear": lambda: optax.linear_schedule(peak, 0.0, remaining),
         "cosine": lambda: optax.cosine_decay_schedule(peak, remaining),
     }
-    if config.schedule not in after:
-        raise RunError(
-            f"config.optimizer.schedule is {config.schedule!r}; expected one of {sorted(after)}."
-        )
     if warmup == 0:
         return after[config.schedule]()
     # The first step already moves: a rate of 0 would waste a batch.
@@ -48,7 +50,7 @@ def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after[config.schedule]()], [warmup])
 
 
-def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Optimizer, num_steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) with decoupled decay."""
 
     def decayed(params):

@@ -1,69 +1,92 @@
 """What a run starts from: a pretrained model or an earlier run, and a config's new adapters."""
 
+import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
-from align_jax.distributed.mesh import make_mesh
+from align_jax.distributed.mesh import make_mesh, single_device_mesh
 from align_jax.errors import RunError
-from align_jax.models.interchange import abstract_model, load_model, load_tokenizer
+from align_jax.models.frozen import own_trained
+from align_jax.models.interchange import abstract_transformer, load_model, load_tokenizer
 from align_jax.models.lora import add_adapters, merge_adapters
-from align_jax.models.transformer import Transformer
+from align_jax.models.transformer import Transformer, TransformerConfig
+from align_jax.settings import Settings
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.workdir import read_config
 
-_CHOICES = {
-    "compute_dtype": ("float32", "bfloat16", "float16"),
-    "remat": ("none", "linear", "full"),
-}
+
+@dataclasses.dataclass(frozen=True)
+class MeshSizes(Settings, key="config.mesh"):
+    """Devices on each axis of the mesh; one of them may be -1, which takes the rest."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
 
 
-def default_run_config() -> ConfigDict:
-    """The fields that every training config has beside its algorithm's own."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "model": "smollm2",
-            "compute_dtype": "float32",
-            "remat": "linear",
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "context": 1},
-            # Low-rank adapters (models/lora.py). rank 0: none, every parameter is trained.
-            # targets: "all", or some of "query,key,value,output,gate,up,down".
-            "lora": {"rank": 0, "alpha": 16.0, "targets": "all"},
-            "checkpoint_every": 1000,
-            "wandb_project": "",
-        }
-    )
+@dataclasses.dataclass(frozen=True)
+class Lora(Settings, key="config.lora"):
+    """Low-rank adapters (models/lora.py)."""
+
+    rank: int = 0  # 0: none, every parameter is trained
+    alpha: float = 16.0
+    targets: str = "all"  # or some of "query,key,value,output,gate,up,down"
 
 
-def open_mesh(config: ConfigDict) -> Mesh:
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Settings):
+    """What every training run sets beside its algorithm's own fields."""
+
+    seed: int = 0
+    model: str = "smollm2"
+    compute_dtype: str = "float32"
+    remat: str = "linear"  # "none" | "linear" (keep projections) | "full" (keep layer inputs)
+    mesh: MeshSizes = MeshSizes()
+    lora: Lora = Lora()
+    checkpoint_every: int = 1000  # steps, or iterations of an online run
+    wandb_project: str = ""  # "": no Weights & Biases
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.one_of(("float32", "bfloat16", "float16"), "compute_dtype")
+        self.one_of(("none", "linear", "full"), "remat")
+        self.at_least(0, "seed")
+        self.at_least(1, "checkpoint_every")
+
+
+def open_mesh(config: RunConfig) -> Mesh:
     """The config's mesh over all devices; `RunError` if its sizes do not fit them."""
     try:
-        return make_mesh(**config.mesh)
+        return make_mesh(**config.mesh.to_dict())
     except ValueError as error:
         raise RunError(str(error)) from error
 
 
-def open_model(config: ConfigDict) -> tuple[Transformer, Mesh]:
+def mesh_of(model: Any) -> Mesh:
+    """The mesh that a model's arrays lie on; one of their only device if they lie on none."""
+    sharding = jax.tree.leaves(model)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        return sharding.mesh
+    return single_device_mesh(next(iter(sharding.device_set)))
+
+
+def open_model(config: RunConfig) -> tuple[Transformer, Mesh]:
     """The pretrained model of a config, with its adapters if it has any, on the config's mesh."""
-    for name, choices in _CHOICES.items():
-        if config[name] not in choices:
-            raise RunError(
-                f"config.{name} is {config[name]!r}; expected one of {', '.join(choices)}."
-            )
     mesh = open_mesh(config)
     return with_adapters(config, load_pretrained(config, config.model, mesh), mesh), mesh
 
 
-def with_adapters(config: ConfigDict, model: Transformer, mesh: Mesh) -> Transformer:
+def with_adapters(config: RunConfig, model: Transformer, mesh: Mesh) -> Transformer:
     """The model with new adapters if `config.lora` asks for them; its arrays are shared."""
-    if not _has_adapters(config):
-        return model
     lora = config.lora
+    if lora.rank == 0:
+        return model
     targets = None if lora.targets == "all" else [name.strip() for name in lora.targets.split(",")]
     key = jax.random.key(config.seed)
     try:
@@ -74,7 +97,32 @@ def with_adapters(config: ConfigDict, model: Transformer, mesh: Mesh) -> Transfo
         raise RunError(f"config.lora.{error}") from error
 
 
-def load_pretrained(config: ConfigDict, path: str, mesh: Mesh) -> Transformer:
+def as_configured(
+    config: RunConfig, model: Transformer, mesh: Mesh | None, *, donate: bool
+) -> tuple[Transformer, Mesh]:
+    """A model to be trained: computing as `config` says, with its adapters, on a mesh.
+
+    Args:
+      mesh: where it is to lie; None keeps the model's placement.
+      donate: whether training may consume the model's own arrays.
+    """
+    if mesh is None:
+        mesh = mesh_of(model)
+    model = jax.tree.map(lambda x: x, model)
+    set_computation(model, compute_dtype=config.compute_dtype, remat=config.remat)
+    model = with_adapters(config, model, mesh)
+    return (model if donate else own_trained(model)), mesh
+
+
+def set_computation(model: Transformer, *, compute_dtype: str, remat: str) -> None:
+    """Changes how a transformer computes; every module of it holds the configuration."""
+    config = dataclasses.replace(model.config, compute_dtype=compute_dtype, remat=remat)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(getattr(module, "config", None), TransformerConfig):
+            module.config = config
+
+
+def load_pretrained(config: RunConfig, path: str, mesh: Mesh) -> Transformer:
     """What `load_model` reads, or the trained model of a run's directory, its adapters merged.
 
     It computes as `config` says, whatever the other run did.
@@ -83,19 +131,36 @@ def load_pretrained(config: ConfigDict, path: str, mesh: Mesh) -> Transformer:
     settings = {"compute_dtype": config.compute_dtype, "remat": config.remat}
     if found is None:
         return load_model(path, mesh=mesh, **settings)
-    run, folder = found
-    run.update(settings)
-    return merge_adapters(restored_model(run, folder, mesh))
+    run = dataclasses.replace(found.config, **settings)
+    return merge_adapters(restored_model(run, found.folder, mesh, start=found.start))
 
 
 def load_pretrained_tokenizer(path: str) -> Any:
     """The tokenizer of whatever `load_pretrained` reads."""
     found = run_at(path)
-    return load_tokenizer(path) if found is None else load_pretrained_tokenizer(found[0].model)
+    if found is None:
+        return load_tokenizer(path)
+    return load_pretrained_tokenizer(found.config.model)
 
 
-def run_at(path: str | os.PathLike) -> tuple[ConfigDict, Path] | None:
-    """Config and folder of the run in a directory; None if there is none.
+class StoredRun(NamedTuple):
+    """A run in a directory, as far as its trained model needs to be known.
+
+    Attributes:
+      config: its settings that every run has.
+      folder: its directory.
+      algorithm: what trained it.
+      start: the model that training started from.
+    """
+
+    config: RunConfig
+    folder: Path
+    algorithm: str
+    start: str
+
+
+def run_at(path: str | os.PathLike) -> StoredRun | None:
+    """The run in a directory; None if there is none.
 
     A run made of runs (`stages`, `online_preferences`) names the one with its result.
     """
@@ -103,40 +168,42 @@ def run_at(path: str | os.PathLike) -> tuple[ConfigDict, Path] | None:
     content = read_config(folder) if (folder / "config.json").is_file() else {}
     if "algorithm" not in content:
         return None
-    return (
-        run_at(folder / content["result"]) if "result" in content else (ConfigDict(content), folder)
-    )
+    if "result" in content:
+        return run_at(folder / content["result"])
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    config = RunConfig.from_dict({k: value for k, value in content.items() if k in known})
+    # An online policy may have started from another model than its reference.
+    return StoredRun(config, folder, content["algorithm"], content.get("init") or config.model)
 
 
-def restored_model(config: ConfigDict, directory: Path, mesh: Mesh) -> Transformer:
-    """The trained model of a run directory, adapters and all; `RunError` if it has none yet."""
+def restored_model(
+    config: RunConfig, directory: Path, mesh: Mesh, *, start: str = ""
+) -> Transformer:
+    """The trained model of a run directory, adapters and all.
+
+    Args:
+      start: the model that training started from; "" is `config.model`.
+
+    Raises:
+      RunError: the run has no checkpoint yet.
+    """
     if not (directory / "checkpoints").is_dir():
         raise RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
-    # Adapters stand beside weights that no checkpoint holds; otherwise shapes are enough.
-    if _has_adapters(config):
-        # An online policy may have started from another model than its reference.
-        start = config.get("init") or config.model
-        model = with_adapters(config, load_pretrained(config, start, mesh), mesh)
-    else:
-        model = _abstract_pretrained(config, config.model, mesh)
     checkpointer = Checkpointer(directory / "checkpoints")
     try:
         if checkpointer.latest_step() is None:
             raise RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
+        # Adapters stand beside weights that no checkpoint holds; otherwise shapes are enough.
+        if config.lora.rank:
+            model = load_pretrained(config, start or config.model, mesh)
+            model = with_adapters(config, model, mesh)
+        else:
+            architecture = dataclasses.replace(
+                checkpointer.architecture(),
+                compute_dtype=config.compute_dtype,
+                remat=config.remat,
+            )
+            model = abstract_transformer(architecture, mesh)
         return checkpointer.restore_model(model)
     finally:
         checkpointer.close()
-
-
-def _has_adapters(config: ConfigDict) -> bool:
-    lora = config.get("lora")
-    return lora is not None and lora.rank != 0
-
-
-def _abstract_pretrained(config: ConfigDict, path: str, mesh: Mesh) -> Transformer:
-    """The shapes of `load_pretrained`."""
-    found = run_at(path)
-    if found is not None:
-        return _abstract_pretrained(config, found[0].model, mesh)
-    settings = {"compute_dtype": config.compute_dtype, "remat": config.remat}
-    return abstract_model(path, mesh=mesh, **settings)

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from align_jax.data.dataset import Data
 from align_jax.data.tokenise import Example
 from align_jax.distributed.partitioning import replicated
 from align_jax.files import write_file
@@ -28,7 +28,7 @@ def cache_directory() -> Path:
 
 
 def reference_log_probs(
-    model: Transformer, mesh: Mesh, examples: Sequence[Example], data: ConfigDict
+    model: Transformer, mesh: Mesh, examples: Sequence[Example], data: Data
 ) -> np.ndarray:
     """Summed log-probability of every response under `model`: `[examples, responses]`, nats.
 
@@ -52,7 +52,7 @@ def compute_log_probs(
     model: Transformer,
     mesh: Mesh,
     examples: Sequence[Example],
-    data: ConfigDict,
+    data: Data,
     *,
     temperature: float = 1.0,
 ) -> np.ndarray:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from align_jax.data.batching import by_length, check_lengths, make_collate, unaccumulated
+from align_jax.data.batching import by_length, check_lengths, make_collate
+from align_jax.data.dataset import Data
 from align_jax.data.tokenise import Example
 from align_jax.distributed.partitioning import constrain
 from align_jax.losses.log_probs import chunked_token_log_probs
@@ -85,7 +85,7 @@ def score_responses(
     score: Callable[[dict[str, jax.Array]], jax.Array],
     mesh: Mesh,
     examples: Sequence[Example],
-    data: ConfigDict,
+    data: Data,
     *,
     description: str,
 ) -> np.ndarray:
@@ -94,7 +94,7 @@ def score_responses(
     `score` takes a batch and returns a replicated array of the numbers of its responses in order;
     what is past them is left out. Raises `DataError` as `check_lengths` does.
     """
-    data = unaccumulated(data)
+    data = data.unaccumulated()
     collate = make_collate(data)
     responses = len(examples[0].responses)
     order = by_length(examples)

@@ -17,15 +17,20 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Turns the first SIGTERM or SIGINT into a flag; a second one acts as usual."""
+    """Turns the first SIGTERM or SIGINT into a flag; a second one acts as usual.
 
-    def __init__(self):
+    Args:
+      active: False leaves signals as they are, for a loop that could save nothing.
+    """
+
+    def __init__(self, *, active: bool = True):
+        self._active = active
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         # Only the main thread may install handlers; in a notebook's worker thread there are none.
-        if threading.current_thread() is threading.main_thread():
+        if self._active and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._receive)
         return self

@@ -8,15 +8,31 @@ Configs in memory have absolute paths; only `Workdir` and `read_config` know of 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from align_jax.errors import RunError
 from align_jax.files import plain_values, write_json
+from align_jax.settings import Settings
 
 _INSIDE = "workdir:"
+
+
+class Result(NamedTuple):
+    """What `train` of an algorithm returns.
+
+    Attributes:
+      model: the trained model.
+      metrics: one dict a logged step: `step`, `wall_time` and metrics by name.
+      summary: what was evaluated, as in `finished.json`.
+      workdir: the run's directory, or None.
+    """
+
+    model: Any
+    metrics: list[dict[str, float]]
+    summary: dict[str, Any]
+    workdir: Path | None
 
 
 class Workdir:
@@ -34,7 +50,7 @@ class Workdir:
     def __init__(
         self,
         path: str | os.PathLike,
-        config: ConfigDict,
+        config: Settings,
         *,
         root: str | os.PathLike | None = None,
     ):
@@ -49,7 +65,16 @@ class Workdir:
         except OSError as error:
             raise RunError(f"--workdir={self.path} cannot be used: {error.strerror}.") from error
 
-    def part(self, name: str, config: ConfigDict) -> "Workdir":
+    @classmethod
+    def of(
+        cls, workdir: "Workdir | str | os.PathLike | None", config: Settings
+    ) -> "Workdir | None":
+        """The directory that a caller names, if any, claimed for `config`."""
+        if workdir is None or isinstance(workdir, cls):
+            return workdir
+        return cls(workdir, config)
+
+    def part(self, name: str, config: Settings) -> "Workdir":
         """The directory NAME of a run that this one is made of; they are moved together."""
         return Workdir(self.directory(name), config, root=self._root)
 

@@ -9,6 +9,7 @@ import pytest
 from align_jax.algorithms import sft
 from align_jax.data import batching, dataset
 from align_jax.data.builtin import load_builtin
+from align_jax.data.dataset import Data
 from align_jax.errors import DataError
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.interchange import load_model, load_tokenizer
@@ -20,7 +21,7 @@ from align_jax.training.workdir import Workdir
 def test_the_loss_is_the_mean_over_all_response_tokens(tiny_config):
     config = tiny_config("sft", {"data.limit": 6})
     tokenizer = load_tokenizer("tiny")
-    examples = dataset.load_examples(config.data, config.data.source, tokenizer, kind="sft")
+    examples = dataset.examples_of(config.data.source, tokenizer, config.data, kind="sft")
     batch = batching.make_collate(config.data)(examples)
     model = load_model("tiny")
     sums = sft.loss_sums(model, {name: jnp.asarray(x) for name, x in batch.items()})
@@ -63,7 +64,37 @@ def test_it_learns_what_there_is_to_learn_and_evaluates(tiny_config, tmp_path):
 
 
 def test_a_wrong_held_out_source_is_found_before_training(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, "open_model", pytest.fail)
+    monkeypatch.setattr(pretrained, "load_pretrained", pytest.fail)
     config = tiny_config("sft", {"data.eval_source": "nowhere.jsonl"})
     with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
         sft.run(config, Workdir(tmp_path, config))
+
+
+RECORDS = [{"prompt": f"{i}:", "completion": f" {i * i}"} for i in range(8)]
+
+
+def test_it_trains_from_python_and_leaves_the_model_as_it_was():
+    model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
+    before = np.asarray(model.embedding[...])
+    config = sft.Config(num_steps=3, data=Data(batch_size=4, max_length=64))
+    result = sft.train(model, tokenizer, RECORDS, config, held_out=RECORDS[:2])
+    np.testing.assert_array_equal(before, model.embedding[...])
+    assert np.abs(before - np.asarray(result.model.embedding[...])).max() > 0
+    assert [row["step"] for row in result.metrics] == [1, 2, 3]
+    assert result.summary["eval"]["loss"] > 0 and result.workdir is None
+
+
+def test_a_run_from_python_in_a_directory_goes_on_and_can_be_opened(tmp_path):
+    model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
+    config = sft.Config(num_steps=3, model="tiny", data=Data(batch_size=4, max_length=64))
+    first = sft.train(model, tokenizer, RECORDS, config, workdir=tmp_path / "run")
+    again = sft.train(model, tokenizer, RECORDS, config, workdir=tmp_path / "run")
+    assert first.metrics == again.metrics
+    np.testing.assert_array_equal(first.model.embedding[...], again.model.embedding[...])
+
+
+def test_a_wrong_record_from_python_is_named():
+    with pytest.raises(DataError, match=r"records\[1\]: field 'completion' is missing"):
+        sft.train(
+            load_model("tiny"), load_tokenizer("tiny"), [RECORDS[0], {"prompt": "x"}], sft.Config()
+        )
