@@ -10,7 +10,7 @@ import pytest
 import align_jax.losses
 
 FOLDER = pathlib.Path(align_jax.losses.__file__).parent
-STANDARD = {"functools", "math"}
+STANDARD = {"collections", "dataclasses", "difflib", "functools", "math", "typing"}
 
 
 def imported_modules(path):
