@@ -13,6 +13,7 @@ import align_jax
 PACKAGE = pathlib.Path(align_jax.__file__).parent
 # From the top: a folder imports only from those after it.
 LAYERS = (
+    "recipes",
     "algorithms",
     "evaluation",
     "training",
