@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from align_jax.distributed.mesh import make_mesh
 from align_jax.errors import RunError
-from align_jax.models.interchange import abstract_model, load_model, load_tokenizer
+from align_jax.models.loading import abstract_model, load_model
 from align_jax.models.lora import add_adapters, merge_adapters
+from align_jax.models.tokenizers import load_tokenizer
 from align_jax.models.transformer import Transformer
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.workdir import read_config

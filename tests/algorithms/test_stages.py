@@ -9,7 +9,7 @@ import pytest
 from align_jax import main
 from align_jax.algorithms import policy_gradient, reward_model, sft, stages
 from align_jax.errors import RunError
-from align_jax.models.interchange import load_reward_model
+from align_jax.rewards.model import load_reward_model
 from align_jax.training import metrics, pretrained
 from align_jax.training.signals import Interrupted
 from align_jax.training.workdir import Workdir, read_config
