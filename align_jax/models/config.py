@@ -18,7 +18,7 @@ class TransformerConfig:
     head_dim: int
     mlp_size: int
     context_length: int
-    family: str = "llama"
+    family: str = "llama"  # a name of `families.FAMILIES`
     norm: str = "rms"  # "rms" | "layer" (with bias)
     norm_epsilon: float = 1e-5
     activation: str = "silu"  # "silu" | "gelu_tanh"

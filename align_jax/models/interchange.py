@@ -1,8 +1,8 @@
 """The public door: models in from, and out to, other people's files.
 
 In: a Hugging Face directory (safetensors), a hub id, a GGUF file, or the words `smollm2`, `tiny`,
-`tiny:gpt2`. Out: a Hugging Face directory that `transformers` loads. No pickle is ever read. Reward
-models have a door of their own, `align_jax.rewards.model`.
+`tiny:gpt2`. Out: a Hugging Face directory that `transformers` loads. No pickle is ever read.
+`align_jax.rewards.model` reads and writes reward models.
 """
 
 from align_jax.errors import ModelError
