@@ -208,7 +208,7 @@ def read_inputs(
       DataError: a source that cannot be read, or a record that cannot be used.
     """
     if config.held_out and held_out:
-        other = "config.data.eval_source" if isinstance(held_out, str) else "held_out"
+        other = "config.data.eval_source" if config.data.eval_source else "the argument held_out"
         raise RunError(
             f"config.held_out = {config.held_out} and {other} both say what to evaluate on: set "
             "one of them."
