@@ -133,7 +133,8 @@ class Config(OfflineConfig):
 
 def _fields_read_by(loss: RankingLoss) -> list[str]:
     """Fields of `Config` that act on this loss, but not on every other."""
-    return ["margins"] * ("margin" in loss.reads) + [option.name for option in loss.options]
+    margins = ["margins"] if "margin" in loss.reads else []
+    return margins + [option.name for option in loss.options]
 
 
 def loss_sums(config: Config, model: ScalarModel, batch: Batch) -> LossSums:
