@@ -413,7 +413,7 @@ def evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     held_out = _held_out(config.data.eval_source, tokenizer, loss, config)
     mesh = pretrained.open_mesh(config)
-    base = pretrained.load_pretrained(config, config.model, mesh)
+    base = pretrained.load_pretrained(config, config.model, mesh) if loss.needs_reference else None
     reference = _reference(loss, base, mesh, held_out, config.data)
     del base
     model = pretrained.restored_model(config, workdir.path, mesh)
@@ -445,7 +445,11 @@ def _held_out(
 
 
 def _reference(
-    loss: PreferenceLoss, model: Transformer, mesh: Mesh, examples: Sequence[Example], data: Data
+    loss: PreferenceLoss,
+    model: Transformer | None,
+    mesh: Mesh,
+    examples: Sequence[Example],
+    data: Data,
 ) -> np.ndarray:
     """The reference's log-probabilities `[examples, K]`; zeros for a loss that reads none."""
     if not examples:

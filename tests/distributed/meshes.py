@@ -11,7 +11,8 @@ import numpy as np
 from align_jax.algorithms import comparisons, preference, reward_model, settings_of
 from align_jax.config import load_config
 from align_jax.data import batching
-from align_jax.data.dataset import examples_of
+from align_jax.data.dataset import Data, examples_of
+from align_jax.data.tokenise import Example
 from align_jax.distributed import mesh as meshes
 from align_jax.generation import generate
 from align_jax.losses.preference import LOSSES
@@ -106,6 +107,35 @@ def through_train(directory, sizes):
     return read_metrics(directory)
 
 
+def token_extras(mesh):
+    """A sum over values of tokens `[L,3]`, packed and in micro-batches, split by rows."""
+    rng = np.random.default_rng(0)
+    examples = [
+        Example.of_samples(i, [9, 8], [[7] * int(n), [6]]) for i, n in enumerate(range(1, 65))
+    ]
+    examples = [
+        dataclasses.replace(
+            one,
+            token_extras={
+                "teacher": tuple(rng.random((len(r), 3), np.float32) for r in one.responses)
+            },
+        )
+        for one in examples
+    ]
+    data = Data(batch_size=64, accumulation=2, rows=16)
+    with jax.set_mesh(mesh):
+        batch = place_batch(batching.make_collate(data)(examples), mesh, accumulated=True)
+        teacher, targets = batch["teacher"], batch["targets"]
+        assert teacher.shape == (*targets.shape, 3)
+        for shard, other in zip(teacher.addressable_shards, targets.addressable_shards):
+            assert shard.data.shape == (*other.data.shape, 3)
+            assert shard.data.shape[1] == 16 // (mesh.shape["data"] * mesh.shape["fsdp"])
+        total = jax.jit(lambda b: (b["teacher"] * b["target_mask"][..., None]).sum((0, 1, 2)))
+        found = np.asarray(total(batch))
+    expected = sum(r.sum(0) for one in examples for r in one.token_extras["teacher"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def rewards(mesh):
     """The loss of a batch of rankings, two records a row, and the rewards of texts."""
     c = load_config(f"{CONFIG.with_name('reward_model.py')}:scale=tiny")
@@ -144,6 +174,7 @@ def main(scratch: pathlib.Path) -> None:
         np.testing.assert_allclose(sharded_reference, reference, atol=1e-4)
         compare(sizes, sharded, rows)
         np.testing.assert_array_equal(sharded_tokens, tokens)
+        token_extras(mesh)
         np.testing.assert_allclose(rewards(mesh), rewards(single), atol=1e-4)
     losses = through_train(scratch / "run", (2, 2, 2))
     assert [row["step"] for row in losses] == [1, 2, 3, 4, 5]

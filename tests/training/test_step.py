@@ -150,6 +150,7 @@ def test_a_placed_batch_keeps_its_values_and_types(mesh):
     batch = {
         "tokens": np.arange(12, dtype=np.int32).reshape(2, 2, 3),
         "reference_log_probs": np.arange(4, dtype=np.float32).reshape(2, 2),
+        "teacher": np.arange(24, dtype=np.float32).reshape(2, 2, 3, 2),
     }
     placed = place_batch(batch, mesh, accumulated=True)
     for name, value in batch.items():
