@@ -6,7 +6,7 @@ its reference, or with another model, stay valid for all of them.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,23 +37,25 @@ class LossSums(NamedTuple):
     metrics: dict[str, Array]
 
 
-LossFunction = Callable[[nnx.Module, Batch], LossSums]
+# Of a model and a batch: a `Batch`, or a tree of arrays that the loss knows.
+LossFunction = Callable[[nnx.Module, Any], LossSums]
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, *, accumulated: bool) -> Batch:
-    """Puts a global batch, known to every host, on the mesh.
+def place_batch(batch: Any, mesh: Mesh, *, accumulated: bool) -> Any:
+    """Puts a global batch, known to every host, on the mesh: a dictionary or any tree of arrays.
 
     Arrays of rows (`[rows, width]`, and `[accumulation, rows, width]` when `accumulated`) are
-    split by rows; arrays of one value per response lie whole on every device.
+    split by rows; arrays of one value per response, and scalars, lie whole on every device.
     """
     lead = (None,) if accumulated else ()
 
     def place(x):
-        names = lead + (("batch", None) if x.ndim == 2 + len(lead) else (None,))
+        rest = x.ndim - len(lead)
+        names = lead + (("batch", None) if rest == 2 else (None,) * rest)
         sharding = named_sharding(mesh, names, x.shape)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return {name: place(x) for name, x in batch.items()}
+    return jax.tree.map(place, batch)
 
 
 class TrainStep:
