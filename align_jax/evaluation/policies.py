@@ -111,9 +111,7 @@ def with_log_probs_under(
     return [s | {"base_log_prob": float(value)} for s, value in zip(samples, log_probs)]
 
 
-def summarise(
-    base: Sequence[Sample], trained: Sequence[Sample], evaluation: Any
-) -> dict[str, Any]:
+def summarise(base: Sequence[Sample], trained: Sequence[Sample], evaluation: Any) -> dict[str, Any]:
     """The report's `base`, `best_of_4`, `trained` and what the trained model leans on."""
     pool = _grid(base, "score", evaluation.base_samples)
     scores = _grid(trained, "score", evaluation.trained_samples)

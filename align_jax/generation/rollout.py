@@ -195,9 +195,7 @@ def layout_of(rollout: Rollout, data: Data, *, longest_prompt: int) -> Layout:
     )
 
 
-def rollout_batch(
-    rollout: Rollout, groups: Sequence[int], layout: Layout
-) -> dict[str, np.ndarray]:
+def rollout_batch(rollout: Rollout, groups: Sequence[int], layout: Layout) -> dict[str, np.ndarray]:
     """The batch of some prompts with their completions, one prompt a row."""
     return build_batch(
         [rollout.group(g) for g in groups],

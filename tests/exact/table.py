@@ -189,7 +189,7 @@ as all distances here).
 
 A Transformer starts from the reference and is trained by the project's own train step
 (`training.step`) on the trainers' own losses (`algorithms.preference.make_loss`, and
-`advantages_of` and `make_loss` of `algorithms.policy_objective`): the code that trains SmolLM2.
+`estimate_advantages` and `make_objective` of `algorithms.policy_gradient`): the code that trains SmolLM2.
 Batches are exact expectations: all pairs, equally often, with the probabilities of their
 Bradley-Terry labels, or all responses (or groups of them) with their probabilities. Three
 distances: `limit to policy` is KL(limit || trained policy), whether the method reaches its limit;

@@ -186,7 +186,9 @@ class Config(RunConfig):
     @property
     def _method(self) -> str:
         """What decides about advantage and critic, as messages call it."""
-        return f"config.advantage={self.advantage}" if self.estimator else f"config.loss={self.loss}"
+        return (
+            f"config.advantage={self.advantage}" if self.estimator else f"config.loss={self.loss}"
+        )
 
     def _check_ranges(self) -> None:
         """Fields that are wrong by themselves."""
