@@ -42,6 +42,8 @@ from align_jax.algorithms import (
     reward_model,
     reward_normalization,
 )
+from align_jax.algorithms.policy_gradient.task import check_count
+from align_jax.data.dataset import prompts_of
 from align_jax.data.loader import permutation
 from align_jax.data.sources import load_as_configured
 from align_jax.errors import RunError
@@ -184,11 +186,14 @@ def _sample(config: Config, before: str, number: int) -> list[dict[str, Any]]:
     """Completions of this round's prompts by the current policy."""
     policy = config.policy
     tokenizer = pretrained.load_pretrained_tokenizer(policy.model)
-    records, examples = policy_gradient.load_prompts(
-        policy.data, policy.data.source, tokenizer, max_new_tokens=policy.sampling.max_new_tokens
+    records, examples = prompts_of(
+        policy.data.source,
+        tokenizer,
+        policy.data,
+        max_new_tokens=policy.sampling.max_new_tokens,
     )
     first = number * config.prompts
-    policy_gradient.check_count(policy, examples)
+    check_count(policy, examples)
     # Seed and key are not those of the policy's iterations, so prompts and draws differ.
     order = [
         permutation(len(examples), config.seed + 2**34, epoch)[place]

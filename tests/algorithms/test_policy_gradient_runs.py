@@ -198,21 +198,22 @@ def test_a_run_killed_in_any_phase_ends_with_the_same_numbers(tiny_config, tmp_p
     config = tiny_config("ppo", {"num_iterations": 1, "epochs": 1})
     whole = policy_gradient.run(config, Workdir(tmp_path / "whole", config))
     workdir = Workdir(tmp_path / "parts", config)
-    draw = comparison.draw_samples
+    draw, killed_in = comparison.draw_samples, []
 
     class Killed(BaseException):
         pass
 
     def killing(*arguments, description, **named):
-        if description == phase:
+        if description in killed_in:
             raise Killed
         return draw(*arguments, description=description, **named)
 
     monkeypatch.setattr(comparison, "draw_samples", killing)
     for phase in ("sampling base", "sampling trained"):
+        killed_in[:] = [phase]
         with pytest.raises(Killed):
             policy_gradient.run(config, workdir)
-    phase = None
+    killed_in.clear()
     parts = policy_gradient.run(config, workdir)
     for name in ("base", "best_of_4", "trained"):
         assert parts[name] == whole[name]

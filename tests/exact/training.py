@@ -13,7 +13,7 @@ from align_jax.data.batching import build_batch, separate_responses
 from align_jax.data.tokenise import Example
 from align_jax.distributed.mesh import make_mesh
 from align_jax.models.transformer import Transformer, TransformerConfig
-from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
+from align_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
 from align_jax.training.scoring import sum_by_response, target_log_probs
 from align_jax.training.state import init_state
 from align_jax.training.step import Batch, LossFunction, LossSums, make_train_step, place_batch
@@ -125,8 +125,8 @@ class Run:
     learning_rate: float
     schedule: str = "cosine"
 
-    def optimizer_config(self):
-        return default_optimizer_config(
+    def optimizer_config(self) -> Optimizer:
+        return Optimizer(
             learning_rate=self.learning_rate,
             schedule=self.schedule,
             max_grad_norm=1e9,

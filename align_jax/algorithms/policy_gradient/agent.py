@@ -39,7 +39,7 @@ class Agent(NamedTuple):
 
 
 def reference_of(model: Transformer, mesh: Mesh) -> Transformer:
-    """The model that the KL is taken to: `config.model`, with adapters off; it shares its arrays."""
+    """The model that the KL is taken to: `model` on the mesh, its adapters off, sharing arrays."""
     reference = without_adapters(model)
     shardings = state_shardings(TrainState(jnp.int32(0), reference, ()), mesh)
     return jax.device_put(reference, shardings.model)

@@ -256,8 +256,8 @@ class Config(RunConfig):
                 "config.critic_init=''."
             )
         if not needed:
-            self.at_default(f"{self._method} has no critic", "value_coefficient")
-            self.at_default(f"{self._method} has no critic", "value_clip_range")
+            why = f"{self._method} has no critic"
+            self.at_default(why, "value_coefficient", "value_clip_range")
 
     def _check_choices(self) -> None:
         """What loss and estimator check themselves, and the fields that other choices read."""
@@ -278,7 +278,9 @@ class Config(RunConfig):
                 f"config.data.eval_source = {self.data.eval_source} is not read by a policy "
                 "gradient: its held-out prompts are config.evaluation.source."
             )
-        self.at_default("a batch has config.sampling.prompts of them", "data.batch_size")
+        self.at_default(
+            "a policy gradient takes config.sampling.prompts at a time", "data.batch_size"
+        )
         if not self.ptx.source:
             why = "only the text of config.ptx.source is laid out by it"
             self.at_default(why, "data.rows", "data.overlong", "data.min_prompt_length")
