@@ -42,7 +42,9 @@ from align_jax.algorithms import (
     reward_model,
     reward_normalization,
 )
+from align_jax.algorithms.policy_gradient import Config as PolicyConfig
 from align_jax.algorithms.policy_gradient.task import check_count
+from align_jax.algorithms.reward_model import Config as RewardModelConfig
 from align_jax.data.dataset import prompts_of
 from align_jax.data.loader import permutation
 from align_jax.data.sources import load_as_configured
@@ -74,8 +76,8 @@ class Config(Settings):
     comparer: Described = dataclasses.field(
         default_factory=lambda: {"kind": "oracle", "reward": "vader", "model": ""}
     )
-    reward_model: reward_model.Config = reward_model.Config(loss="all_pairs")
-    policy: policy_gradient.Config = policy_gradient.Config()
+    reward_model: RewardModelConfig = RewardModelConfig(loss="all_pairs")
+    policy: PolicyConfig = PolicyConfig()
     result: str = ""  # where the outcome lies; "" is filled in
     algorithm: str = "online_preferences"
 
@@ -89,7 +91,7 @@ class Config(Settings):
         self.at_least(0, "seed")
         self.at_least(1, "rounds", "prompts")
         self.at_least(2, "samples")
-        if comparisons_kind(self.reward_model) != "ranked":
+        if not self.reward_model.ranking_loss.ranked:
             raise RunError(
                 f"config.reward_model.loss is {self.reward_model.loss!r}, but the rounds make "
                 "rankings: expected best_of_k, all_pairs (for two samples the same as pairwise) or "
@@ -159,7 +161,7 @@ def sources(config: Config) -> list[Source]:
     reward = config.reward_model
     return [
         *policy_gradient.sources(config.policy),
-        *reward_normalization.sources(reward),
+        *reward_normalization.sources(reward.normalization, reward.data),
         (reward.data.source, "preference", reward.data),
     ]
 
@@ -199,8 +201,7 @@ def _sample(config: Config, before: str, number: int) -> list[dict[str, Any]]:
         permutation(len(examples), config.seed + 2**34, epoch)[place]
         for epoch, place in (divmod(i, len(examples)) for i in range(first, first + config.prompts))
     ]
-    settings = ConfigDict(policy.to_dict() | {"model": before or policy.model})
-    model, mesh = pretrained.open_model(settings)
+    model, mesh = pretrained.open_model(dataclasses.replace(policy, model=before or policy.model))
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 + 1)
     asked = [records[examples[i].id] for i in order]
     samples = draw_samples(
@@ -262,7 +263,7 @@ def _reward_config(config: Config, folder: Path, number: int) -> reward_model.Co
         for record in Phases(folder / f"round_{past}").read("comparisons")
     ]
     records = [record for record in compared if len(set(record["ranks"])) > 1]
-    if config.reward_model.loss == "best_of_k":
+    if config.reward_model.ranking_loss.only_best:
         # A shared first place names no best one.
         records = [record for record in records if record["ranks"].count(0) == 1]
     if left_out := len(compared) - len(records):

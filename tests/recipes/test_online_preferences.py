@@ -17,9 +17,10 @@ from align_jax.data.sources import load_records
 from align_jax.errors import DataError, RewardError, RunError
 from align_jax.generation import rollout as rollouts
 from align_jax.losses.policy_gradient import adaptive_kl_update
-from align_jax.models.interchange import load_reward_model, load_tokenizer
+from align_jax.models.interchange import load_tokenizer
 from align_jax.recipes import online_preferences
 from align_jax.recipes.online_preferences import rank_by_wins
+from align_jax.rewards.model import load_reward_model
 from align_jax.rewards.people import WaitingForLabels
 from align_jax.training import metrics, pretrained
 from align_jax.training.phases import Phases

@@ -10,8 +10,8 @@ from align_jax import main
 from align_jax.algorithms import policy_gradient, reward_model, settings_of, sft
 from align_jax.config import load_config
 from align_jax.errors import RunError
-from align_jax.models.interchange import load_reward_model
 from align_jax.recipes import stages
+from align_jax.rewards.model import load_reward_model
 from align_jax.training import metrics, pretrained
 from align_jax.training.signals import Interrupted
 from align_jax.training.workdir import Workdir, read_config

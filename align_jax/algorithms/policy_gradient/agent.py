@@ -12,12 +12,11 @@ from align_jax.algorithms.policy_gradient.config import Config
 from align_jax.errors import ModelError, RunError
 from align_jax.models.frozen import own_trained
 from align_jax.models.heads import ScalarHead, ScalarModel, without_unembedding
-from align_jax.models.interchange import load_reward_model
 from align_jax.models.locate import locate
 from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import Reward
-from align_jax.rewards.model import loaded_members, member_directories
+from align_jax.rewards.model import load_reward_model, loaded_members, member_directories
 from align_jax.training import pretrained
 from align_jax.training.scoring import by_response, log_probs_from_states, predicting_states
 from align_jax.training.state import TrainState, state_shardings
