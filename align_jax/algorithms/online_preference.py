@@ -12,7 +12,7 @@ sampling, scoring, reference and updates are the same.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,10 @@ from jax.lax import stop_gradient
 from align_jax.errors import RunError
 from align_jax.losses.preference import dpo_loss
 
-if TYPE_CHECKING:
-    from align_jax.algorithms.policy_gradient.config import Config
-    from align_jax.algorithms.policy_gradient.objective import Completions
-
 Array = jax.Array
+# `config.Config` and `objective.Completions` of `policy_gradient`, whose modules import this one.
+Config = Any
+Completions = Any
 
 
 class Pairs(NamedTuple):
@@ -66,7 +65,7 @@ class OnlineDpo:
     takes_advantages = False
     takes_kl = False
 
-    def check(self, config: "Config") -> None:
+    def check(self, config: Config) -> None:
         """Raises `RunError` for a config that this loss cannot do with."""
         kl = config.kl
         if kl.coefficient <= 0:
@@ -88,9 +87,7 @@ class OnlineDpo:
         """Which completions are compared."""
         return best_against_worst(scores, samples)
 
-    def __call__(
-        self, config: "Config", new: Array, old: Array, completions: "Completions"
-    ) -> Array:
+    def __call__(self, config: Config, new: Array, old: Array, completions: Completions) -> Array:
         """What a micro-batch adds to the loss of its minibatch: a scalar."""
         samples = config.sampling.samples
         signs = completions.pairs.sign.reshape(-1, samples)

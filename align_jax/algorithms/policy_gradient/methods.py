@@ -7,7 +7,7 @@ config that chooses it must say. `LOSSES` and `ADVANTAGES` have them under the n
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,13 @@ from align_jax.algorithms.online_preference import OnlineDpo, Pairs
 from align_jax.errors import RunError
 from align_jax.losses import policy_gradient as pg
 
-if TYPE_CHECKING:
-    from align_jax.algorithms.policy_gradient.config import Config
-    from align_jax.algorithms.policy_gradient.objective import Completions
-
 Array = jax.Array
+# `config.Config` and `objective.Completions` of `policy_gradient`, whose modules import this one.
+Config = Any
+Completions = Any
 
 
-def _nothing_more(config: "Config") -> None:
+def _nothing_more(config: Config) -> None:
     """What a choice checks that goes with everything."""
 
 
@@ -52,17 +51,15 @@ class TokenLoss:
       takes_kl: whether the KL to the reference is to be added, to the reward or to the loss.
     """
 
-    function: Callable[["Config", Array, Array, "Completions"], Array]
+    function: Callable[[Config, Array, Array, Completions], Array]
     reads: tuple[str, ...] = ("importance_cap",)
-    check: Callable[["Config"], None] = _nothing_more
+    check: Callable[[Config], None] = _nothing_more
     ratio: Callable[[Array, Array, Array], Array] = _token_ratio
     grouped = False
     takes_advantages = True
     takes_kl = True
 
-    def __call__(
-        self, config: "Config", new: Array, old: Array, completions: "Completions"
-    ) -> Array:
+    def __call__(self, config: Config, new: Array, old: Array, completions: Completions) -> Array:
         """What a micro-batch adds to the loss of its minibatch: a scalar."""
         return (completions.weights * self.function(config, new, old, completions)).sum()
 
@@ -71,7 +68,7 @@ class TokenLoss:
         return None
 
 
-def _clipping(config: "Config") -> dict[str, float]:
+def _clipping(config: Config) -> dict[str, float]:
     return {"clip_range": config.clip_range, "clip_range_high": config.upper_clip_range}
 
 
@@ -93,7 +90,7 @@ def _cispo(config, new, old, completions):
     return pg.cispo_loss(new, old, completions.advantages, **_clipping(config))
 
 
-def _check_on_policy(config: "Config") -> None:
+def _check_on_policy(config: Config) -> None:
     if config.epochs * config.minibatches > 1:
         raise RunError(
             f"config.epochs = {config.epochs} and config.minibatches = {config.minibatches}: "
@@ -146,14 +143,14 @@ class Advantage:
       needs_critic: whether it reads a critic's values, and makes the returns that train it.
     """
 
-    function: Callable[["Config", Signals], tuple[Array, Array | None]]
+    function: Callable[[Config, Signals], tuple[Array, Array | None]]
     reads: tuple[str, ...] = ()
-    check: Callable[["Config"], None] = _nothing_more
+    check: Callable[[Config], None] = _nothing_more
     grouped: bool = False
     needs_critic: bool = False
 
 
-def _gae(config: "Config", signals: Signals) -> tuple[Array, Array]:
+def _gae(config: Config, signals: Signals) -> tuple[Array, Array]:
     rewards = pg.kl_shaped_rewards(
         signals.scores,
         signals.log_probs,
@@ -171,32 +168,32 @@ def _gae(config: "Config", signals: Signals) -> tuple[Array, Array]:
     return advantages, returns
 
 
-def _of_completions(function: Callable[["Config", Signals], Array]):
+def _of_completions(function: Callable[[Config, Signals], Array]):
     """An estimator that gives all tokens of a completion the advantage `[N]` of `function`."""
 
-    def on_every_token(config: "Config", signals: Signals) -> tuple[Array, None]:
+    def on_every_token(config: Config, signals: Signals) -> tuple[Array, None]:
         return jnp.where(signals.mask > 0, function(config, signals)[:, None], 0.0), None
 
     return on_every_token
 
 
-def _rloo(config: "Config", signals: Signals) -> Array:
+def _rloo(config: Config, signals: Signals) -> Array:
     return pg.rloo_advantages(signals.rewards.reshape(-1, config.sampling.samples)).ravel()
 
 
-def _grpo(config: "Config", signals: Signals) -> Array:
+def _grpo(config: Config, signals: Signals) -> Array:
     groups = signals.rewards.reshape(-1, config.sampling.samples)
     return pg.grpo_advantages(groups, scale=config.scale_rewards).ravel()
 
 
-def _moving_baseline(config: "Config", signals: Signals) -> Array:
+def _moving_baseline(config: Config, signals: Signals) -> Array:
     # The first iteration has no past: the mean of the other completions stands in for it.
     first = pg.rloo_advantages(signals.rewards)
     later = signals.rewards - signals.baseline
     return jnp.where(jnp.isnan(signals.baseline), first, later)
 
 
-def _check_two_completions(config: "Config") -> None:
+def _check_two_completions(config: Config) -> None:
     if config.sampling.prompts * config.sampling.samples < 2:
         raise RunError(
             "config.advantage=moving_baseline needs two completions in the first iteration: raise "
