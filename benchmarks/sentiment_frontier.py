@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from results import ROOT, train, write_section
 
+from align_jax.algorithms import settings_of
 from align_jax.config import load_config
 from align_jax.evaluation import figures, statistics
 from align_jax.files import write_file
@@ -107,7 +108,7 @@ def _run(method: str, coefficient: float, seed: int, workdir: Path) -> dict:
     kind = "DPO" if method == "DPO" else "online"
     shared = workdir.parent / f"shared_{kind}_seed{seed}"
     if shared.exists() and not workdir.exists():
-        Workdir(workdir, load_config(str(spec), overrides))
+        Workdir(workdir, settings_of(load_config(str(spec), overrides)))
         _copy(shared, workdir / "samples")
     train(spec, workdir, overrides)
     if not shared.exists():

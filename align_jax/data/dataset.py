@@ -38,11 +38,6 @@ class Data(Settings, key="config.data"):
         self.at_least(2, "max_length")
         self.one_of(INVALID, "invalid")
         self.one_of(OVERLONG, "overlong")
-        if self.batch_size % self.accumulation:
-            raise RunError(
-                f"config.data.batch_size = {self.batch_size} is no multiple of "
-                f"config.data.accumulation = {self.accumulation}."
-            )
         for name in ("length_buckets", "target_buckets"):
             if not all(bucket > 0 for bucket in getattr(self, name)):
                 raise RunError(f"config.data.{name} has a bucket that is not above 0.")
@@ -108,3 +103,39 @@ def tokenised(data: Data, records: Sequence[Record], tokenizer: Any, *, kind: st
             overlong=data.overlong,
             progress=bar.update,
         )
+
+
+def prompts_of(
+    records: Records, tokenizer: Any, data: Data, *, max_new_tokens: int
+) -> tuple[list[Record], list[Example]]:
+    """Prompts, and their tokens with room for a completion; an example's id is its record's place.
+
+    Args:
+      records: dicts with a `prompt`, or a source.
+      data: its `limit`, `invalid`, `max_length` and `max_prompt_length` are read.
+      max_new_tokens: of a completion.
+
+    Raises:
+      RunError: no room for a prompt.
+      DataError: a source that cannot be read, or a record that cannot be used.
+    """
+    room = data.max_length - max_new_tokens
+    if room < 1:
+        raise RunError(
+            f"config.data.max_length = {data.max_length} leaves no room for a prompt beside "
+            f"config.sampling.max_new_tokens = {max_new_tokens}."
+        )
+    if isinstance(records, str | os.PathLike):
+        parsed = load_as_configured(data, os.fspath(records), kind="prompt")
+    else:
+        parsed = [
+            parse_record(one, kind="prompt", where=f"records[{i}]") for i, one in enumerate(records)
+        ]
+    examples = encode_records(
+        parsed,
+        tokenizer,
+        kind="prompt",
+        max_length=data.max_length,
+        max_prompt_length=min(data.max_prompt_length or room, room),
+    )
+    return parsed, examples

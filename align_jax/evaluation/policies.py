@@ -1,5 +1,6 @@
 """What a policy does on held-out prompts: samples of it and of the model it is compared with."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from align_jax.data.batching import num_tokens
+from align_jax.data.dataset import Data
 from align_jax.data.tokenise import Example
 from align_jax.evaluation import statistics
 from align_jax.evaluation.report import write_report
-from align_jax.generation.rollout import roll_out
+from align_jax.generation.rollout import Sampling, roll_out
 from align_jax.models.transformer import Transformer
 from align_jax.progress import progress
 from align_jax.rewards.base import Records, Reward, checked_scores
@@ -35,7 +36,7 @@ def draw_samples(
     prompts: Sequence[Sequence[int]],
     *,
     count: int,
-    sampling: ConfigDict,
+    sampling: Sampling,
     reward: Reward,
     key: jax.Array,
     description: str,
@@ -86,7 +87,7 @@ def with_log_probs_under(
     mesh: Mesh,
     samples: Sequence[Sample],
     per_prompt: int,
-    data: ConfigDict,
+    data: Data,
     *,
     temperature: float,
 ) -> list[Sample]:
@@ -104,15 +105,13 @@ def with_log_probs_under(
     longest = max(map(num_tokens, examples))
     settings = {"batch_size": 4, "accumulation": 1, "rows": 0}
     for name in ("length_buckets", "target_buckets"):
-        settings[name] = (*data[name], -(-longest // 8) * 8)
-    data = ConfigDict(data.to_dict() | settings)
+        settings[name] = (*getattr(data, name), -(-longest // 8) * 8)
+    data = dataclasses.replace(data, **settings)
     log_probs = compute_log_probs(model, mesh, examples, data, temperature=temperature).ravel()
     return [s | {"base_log_prob": float(value)} for s, value in zip(samples, log_probs)]
 
 
-def summarise(
-    base: Sequence[Sample], trained: Sequence[Sample], evaluation: ConfigDict
-) -> dict[str, Any]:
+def summarise(base: Sequence[Sample], trained: Sequence[Sample], evaluation: Any) -> dict[str, Any]:
     """The report's `base`, `best_of_4`, `trained` and what the trained model leans on."""
     pool = _grid(base, "score", evaluation.base_samples)
     scores = _grid(trained, "score", evaluation.trained_samples)
@@ -157,7 +156,7 @@ def write_comparison(
     summary: dict[str, Any],
     base: Sequence[Sample],
     trained: Sequence[Sample],
-    evaluation: ConfigDict,
+    evaluation: Any,
 ) -> None:
     """Writes the report of a run whose samples these are; see `report.write_report`."""
     write_report(
@@ -180,7 +179,7 @@ def _grid(samples: Sequence[Sample], field: str, per_prompt: int) -> np.ndarray:
 
 
 def _side_by_side(
-    base: Sequence[Sample], trained: Sequence[Sample], evaluation: ConfigDict
+    base: Sequence[Sample], trained: Sequence[Sample], evaluation: Any
 ) -> list[dict[str, Any]]:
     """The first samples of the first 12 prompts: not chosen for looks."""
     pairs = zip(base[:: evaluation.base_samples], trained[:: evaluation.trained_samples])

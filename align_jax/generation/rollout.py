@@ -195,29 +195,11 @@ def layout_of(rollout: Rollout, data: Data, *, longest_prompt: int) -> Layout:
     )
 
 
-def rollout_batch(
-    rollout: Rollout,
-    groups: Sequence[int],
-    values: dict[str, np.ndarray],
-    layout: Layout,
-    *,
-    parts: int = 1,
-) -> dict[str, np.ndarray]:
-    """The batch of some prompts with their completions, one prompt a row.
-
-    `values` are arrays of one row a completion, `[N,...]`; the batch gets the rows of its own. With
-    `parts` > 1 every array has a leading axis of as many micro-batches.
-    """
-    batches = []
-    for part in np.split(np.asarray(groups), parts):
-        batch = build_batch(
-            [rollout.group(g) for g in part],
-            rows=len(part),
-            length_buckets=(layout.length,),
-            target_buckets=(layout.targets,),
-        )
-        rows = rollout.rows(part)
-        batches.append(batch | {name: value[rows] for name, value in values.items()})
-    if parts == 1:
-        return batches[0]
-    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+def rollout_batch(rollout: Rollout, groups: Sequence[int], layout: Layout) -> dict[str, np.ndarray]:
+    """The batch of some prompts with their completions, one prompt a row."""
+    return build_batch(
+        [rollout.group(g) for g in groups],
+        rows=len(groups),
+        length_buckets=(layout.length,),
+        target_buckets=(layout.targets,),
+    )

@@ -42,6 +42,10 @@ from align_jax.algorithms import (
     reward_model,
     reward_normalization,
 )
+from align_jax.algorithms.policy_gradient import Config as PolicyConfig
+from align_jax.algorithms.policy_gradient.task import check_count
+from align_jax.algorithms.reward_model import Config as RewardModelConfig
+from align_jax.data.dataset import prompts_of
 from align_jax.data.loader import permutation
 from align_jax.data.sources import load_as_configured
 from align_jax.errors import RunError
@@ -72,8 +76,8 @@ class Config(Settings):
     comparer: Described = dataclasses.field(
         default_factory=lambda: {"kind": "oracle", "reward": "vader", "model": ""}
     )
-    reward_model: reward_model.Config = reward_model.Config(loss="all_pairs")
-    policy: policy_gradient.Config = policy_gradient.Config()
+    reward_model: RewardModelConfig = RewardModelConfig(loss="all_pairs")
+    policy: PolicyConfig = PolicyConfig()
     result: str = ""  # where the outcome lies; "" is filled in
     algorithm: str = "online_preferences"
 
@@ -184,18 +188,20 @@ def _sample(config: Config, before: str, number: int) -> list[dict[str, Any]]:
     """Completions of this round's prompts by the current policy."""
     policy = config.policy
     tokenizer = pretrained.load_pretrained_tokenizer(policy.model)
-    records, examples = policy_gradient.load_prompts(
-        policy.data, policy.data.source, tokenizer, max_new_tokens=policy.sampling.max_new_tokens
+    records, examples = prompts_of(
+        policy.data.source,
+        tokenizer,
+        policy.data,
+        max_new_tokens=policy.sampling.max_new_tokens,
     )
     first = number * config.prompts
-    policy_gradient.check_count(policy, examples)
+    check_count(policy, examples)
     # Seed and key are not those of the policy's iterations, so prompts and draws differ.
     order = [
         permutation(len(examples), config.seed + 2**34, epoch)[place]
         for epoch, place in (divmod(i, len(examples)) for i in range(first, first + config.prompts))
     ]
-    settings = ConfigDict(policy.to_dict() | {"model": before or policy.model})
-    model, mesh = pretrained.open_model(settings)
+    model, mesh = pretrained.open_model(dataclasses.replace(policy, model=before or policy.model))
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 + 1)
     asked = [records[examples[i].id] for i in order]
     samples = draw_samples(
