@@ -160,8 +160,8 @@ def _annotations(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def _defaults(cls: type) -> dict[str, Any]:
-    default = cls()
-    return {name: getattr(default, name) for name in _annotations(cls)}
+    # Not from an instance: making one may ask for these.
+    return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_jax.data.records import Record, parse_record
+from align_jax.data.samples import PREFIX, examples_of_samples
 from align_jax.data.sources import INVALID, load_as_configured
 from align_jax.data.tokenise import OVERLONG, Example, encode_records
 from align_jax.errors import RunError
@@ -20,6 +21,7 @@ class Data(Settings, key="config.data"):
     source: str = ""  # see docs/data.md
     eval_source: str = ""  # held-out records, evaluated by `python -m align_jax evaluate`
     limit: int = 0  # read this many records; 0 reads all
+    score: str = ""  # of a source samples:PATH: the score that ranks; "": its reward or only one
     invalid: str = "error"  # "error" | "drop": what a record with wrong fields does
     max_length: int = 1024
     max_prompt_length: int = 0  # 0: what the longest response leaves of max_length
@@ -38,6 +40,8 @@ class Data(Settings, key="config.data"):
         self.at_least(2, "max_length")
         self.one_of(INVALID, "invalid")
         self.one_of(OVERLONG, "overlong")
+        if not any(one.startswith(PREFIX) for one in (self.source, self.eval_source)):
+            self.at_default(f"config.data.source is no {PREFIX}PATH", "score")
         if self.batch_size % self.accumulation:
             raise RunError(
                 f"config.data.batch_size = {self.batch_size} is no multiple of "
@@ -64,6 +68,25 @@ class Data(Settings, key="config.data"):
 Records = Sequence[Mapping[str, Any]] | Sequence[Example] | str | os.PathLike
 
 
+def load_source(
+    data: Data, source: str | os.PathLike, *, kind: str
+) -> list[Record] | list[Example]:
+    """The records of a source; of `samples:PATH`, which holds tokens already, the examples.
+
+    Raises: as `examples_of`.
+    """
+    if not os.fspath(source).startswith(PREFIX):
+        return load_as_configured(data, os.fspath(source), kind=kind)
+    return examples_of_samples(
+        os.fspath(source),
+        kind=kind,
+        score=data.score,
+        limit=data.limit,
+        max_length=data.max_length,
+        overlong=data.overlong,
+    )
+
+
 def examples_of(records: Records, tokenizer: Any, data: Data, *, kind: str) -> list[Example]:
     """Reads, checks and tokenises records before anything is computed; no source, no examples.
 
@@ -71,11 +94,14 @@ def examples_of(records: Records, tokenizer: Any, data: Data, *, kind: str) -> l
 
     Raises:
       DataError: a source that cannot be read, or a record that cannot be used.
+      RunError: samples without the score that `data` names, or whose scores all tie.
     """
     if isinstance(records, str | os.PathLike):
         if not records:
             return []
-        return tokenised(data, load_as_configured(data, records, kind=kind), tokenizer, kind=kind)
+        records = load_source(data, records, kind=kind)
+        if not isinstance(records[0], Example):
+            return tokenised(data, records, tokenizer, kind=kind)
     records = list(records)
     if all(isinstance(one, Example) for one in records):
         return records
@@ -96,3 +122,39 @@ def tokenised(data: Data, records: Sequence[Record], tokenizer: Any, *, kind: st
             overlong=data.overlong,
             progress=bar.update,
         )
+
+
+def prompts_of(
+    records: Records, tokenizer: Any, data: Data, *, max_new_tokens: int
+) -> tuple[list[Record], list[Example]]:
+    """Prompts, and their tokens with room for a completion; an example's id is its record's place.
+
+    Args:
+      records: dicts with a `prompt`, or a source.
+      data: its `limit`, `invalid`, `max_length` and `max_prompt_length` are read.
+      max_new_tokens: of a completion.
+
+    Raises:
+      RunError: no room for a prompt.
+      DataError: a source that cannot be read, or a record that cannot be used.
+    """
+    room = data.max_length - max_new_tokens
+    if room < 1:
+        raise RunError(
+            f"config.data.max_length = {data.max_length} leaves no room for a prompt beside "
+            f"config.sampling.max_new_tokens = {max_new_tokens}."
+        )
+    if isinstance(records, str | os.PathLike):
+        parsed = load_as_configured(data, os.fspath(records), kind="prompt")
+    else:
+        parsed = [
+            parse_record(one, kind="prompt", where=f"records[{i}]") for i, one in enumerate(records)
+        ]
+    examples = encode_records(
+        parsed,
+        tokenizer,
+        kind="prompt",
+        max_length=data.max_length,
+        max_prompt_length=min(data.max_prompt_length or room, room),
+    )
+    return parsed, examples

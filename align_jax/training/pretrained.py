@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,9 @@ class RunConfig(Settings):
     lora: Lora = Lora()
     checkpoint_every: int = 1000  # steps, or iterations of an online run
     wandb_project: str = ""  # "": no Weights & Biases
+    evaluators: tuple[
+        Mapping[str, Any], ...
+    ] = ()  # what is measured at the end: docs/evaluation.md
 
     def __post_init__(self):
         super().__post_init__()
