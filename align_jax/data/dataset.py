@@ -40,7 +40,9 @@ class Data(Settings, key="config.data"):
         self.at_least(2, "max_length")
         self.one_of(INVALID, "invalid")
         self.one_of(OVERLONG, "overlong")
-        if not any(one.startswith(PREFIX) for one in (self.source, self.eval_source)):
+        # From Python the samples may be named in the call.
+        named = [one for one in (self.source, self.eval_source) if one]
+        if named and not any(one.startswith(PREFIX) for one in named):
             self.at_default(f"config.data.source is no {PREFIX}PATH", "score")
         if self.batch_size % self.accumulation:
             raise RunError(

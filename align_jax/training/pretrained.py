@@ -112,10 +112,15 @@ def as_configured(
     """
     if mesh is None:
         mesh = mesh_of(model)
+    model = with_adapters(config, as_base(config, model), mesh)
+    return (model if donate else own_trained(model)), mesh
+
+
+def as_base(config: RunConfig, model: Transformer) -> Transformer:
+    """A model that a trained one is compared with: computing as `config` says, its arrays shared."""
     model = jax.tree.map(lambda x: x, model)
     set_computation(model, compute_dtype=config.compute_dtype, remat=config.remat)
-    model = with_adapters(config, model, mesh)
-    return (model if donate else own_trained(model)), mesh
+    return model
 
 
 def set_computation(model: Transformer, *, compute_dtype: str, remat: str) -> None:

@@ -178,7 +178,8 @@ def test_not_a_number_is_null_and_reads_na(tmp_path):
 def test_what_the_summary_or_a_sample_lacks_is_named(tmp_path):
     summary = make_summary()
     summary["trained"] = {"reward_mean": 0.5, "reward_ci95": 0.0, "win_rate": 0.7, "kl": 1.0}
-    del summary["best_of_4"], summary["seconds"]
+    summary["best_of_4"] = {"reward_mean": 0.5, "reward_ci95": 0.0}
+    del summary["seconds"]
     with pytest.raises(ValueError, match=r"best_of_4\.kl.*trained\.distinct_2, seconds"):
         report.write_report(tmp_path / "r", **make_inputs(summary=summary))
     with pytest.raises(ValueError, match=r"samples\[0\] lacks base_score, trained_score"):
