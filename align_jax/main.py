@@ -177,7 +177,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> None:
-    from align_jax.models.interchange import save_model
+    from align_jax.models.export import save_model
     from align_jax.training.workdir import read_config
 
     read_config(arguments.workdir)  # a workdir, and no other model
@@ -189,7 +189,8 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> None:
 def _open(path: str) -> tuple[Any, Any]:
     """Model and tokenizer of a workdir, or of anything `load_model` reads."""
     from align_jax.errors import RunError
-    from align_jax.models.interchange import load_model, load_tokenizer
+    from align_jax.models.loading import load_model
+    from align_jax.models.tokenizers import load_tokenizer
     from align_jax.training import pretrained
 
     found = pretrained.run_at(path)

@@ -39,24 +39,18 @@ been aligned before, in place of a context-distilled model; not run.
 
 from ml_collections import ConfigDict
 
-from align_jax.algorithms.online_preferences import make_online_config
-from align_jax.algorithms.policy_gradient import default_policy_gradient_config
-from align_jax.algorithms.reward_model import default_reward_model_config
-from align_jax.algorithms.stages import make_stages_config
+from align_jax.algorithms.policy_gradient import Config as PolicyConfig
+from align_jax.algorithms.reward_model import Config as RewardModelConfig
 from align_jax.config import parse_scale
-from align_jax.data.dataset import default_data_config
-from align_jax.generation.rollout import default_sampling_config
-from align_jax.training.optimizer import default_optimizer_config
+from align_jax.recipes import online_preferences, stages
 
 DATA = PROMPTS = "builtin:tiny_chat_preferences"
 
 
 def preference_model(source: str) -> ConfigDict:
-    config = default_reward_model_config()
-    config.optimizer = default_optimizer_config(
-        learning_rate=2e-5, schedule="linear", warmup_steps=10
-    )
-    config.data = default_data_config(
+    config = RewardModelConfig().to_config_dict()
+    config.optimizer.update(learning_rate=2e-5, schedule="linear", warmup_steps=10)
+    config.data.update(
         source=source, batch_size=8, rows=4, max_length=256, invalid="drop", overlong="truncate"
     )
     config.normalization.update(
@@ -66,10 +60,10 @@ def preference_model(source: str) -> ConfigDict:
 
 
 def policy_config() -> ConfigDict:
-    config = default_policy_gradient_config()
-    config.optimizer = default_optimizer_config(learning_rate=1e-5, eps=1e-5, schedule="linear")
-    config.data = default_data_config(source=PROMPTS, max_length=128)
-    config.sampling = default_sampling_config(prompts=24, max_new_tokens=32)
+    config = PolicyConfig().to_config_dict()
+    config.optimizer.update(learning_rate=1e-5, eps=1e-5, schedule="linear")
+    config.data.update(source=PROMPTS, max_length=128)
+    config.sampling.update(prompts=24, max_new_tokens=32)
     config.kl.coefficient = 0.001
     config.update(num_iterations=6, epochs=1, minibatches=4)
     return config
@@ -124,11 +118,18 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
             config.sampling.update(prompts=512, max_new_tokens=512)
             config.update(num_iterations=500, minibatches=8)
         rounds, prompts = 5, 2048
-    online = make_online_config(
-        reward_model=mixture, policy=policy, rounds=rounds, prompts=prompts, samples=2
+    online = online_preferences.Config(
+        reward_model=mixture,
+        policy=policy,
+        rounds=rounds,
+        prompts=prompts,
+        samples=2,
+        seed=1,  # of other prompts and draws than ppo's
+        comparer={
+            "kind": "people" if scale == "paper" else "oracle",
+            "reward": both.to_dict(),
+            "model": "",
+        },
     )
-    online.seed = 1  # of other prompts and draws than ppo's
-    online.comparer = ConfigDict(online.comparer.to_dict() | {"reward": both.to_dict()})
-    if scale == "paper":
-        online.comparer.kind = "people"
-    return make_stages_config(helpful=helpful, harmless=harmless, ppo=ppo, online=online)
+    experiment = stages.Config.of(helpful=helpful, harmless=harmless, ppo=ppo, online=online)
+    return experiment.to_config_dict()

@@ -29,37 +29,33 @@ policy it prints none.
 
 from ml_collections import ConfigDict
 
-from align_jax.algorithms.policy_gradient import default_policy_gradient_config
-from align_jax.algorithms.reward_model import default_reward_model_config
-from align_jax.algorithms.stages import make_stages_config
+from align_jax.algorithms.policy_gradient import Config as PolicyConfig
+from align_jax.algorithms.reward_model import Config as RewardModelConfig
+from align_jax.algorithms.sft import Config as SftConfig
 from align_jax.config import parse_scale
-from align_jax.data.dataset import default_data_config
-from align_jax.generation.rollout import default_sampling_config
-from align_jax.training.offline import default_offline_config
-from align_jax.training.optimizer import default_optimizer_config
+from align_jax.recipes import stages
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    sft = default_offline_config()
-    sft.algorithm = "sft"
-    sft.optimizer = default_optimizer_config(learning_rate=1e-5, schedule="cosine")
-    sft.data = default_data_config(source="builtin:tiny_sft", batch_size=8, max_length=128)
+    sft = SftConfig().to_config_dict()
+    sft.optimizer.update(learning_rate=1e-5, schedule="cosine")
+    sft.data.update(source="builtin:tiny_sft", batch_size=8, max_length=128)
 
-    reward = default_reward_model_config()
+    reward = RewardModelConfig().to_config_dict()
     reward.model = "stage:sft"
     reward.loss = "all_pairs"
-    reward.optimizer = default_optimizer_config(learning_rate=9e-6, schedule="cosine")
-    reward.data = default_data_config(source="builtin:tiny_ranked", batch_size=8, max_length=160)
+    reward.optimizer.update(learning_rate=9e-6, schedule="cosine")
+    reward.data.update(source="builtin:tiny_ranked", batch_size=8, max_length=160)
     reward.normalization.update(kind="mean", source="builtin:tiny_sft", limit=64)
 
-    ppo = default_policy_gradient_config()
+    ppo = PolicyConfig().to_config_dict()
     ppo.model = "stage:sft"
     ppo.reward.update(kind="model", path="stage:reward")
     ppo.critic_init = "stage:reward/reward_model"
-    ppo.optimizer = default_optimizer_config(learning_rate=3e-5, eps=1e-5)
-    ppo.data = default_data_config(source="builtin:tiny_sft", max_length=128)
-    ppo.sampling = default_sampling_config(prompts=24, max_new_tokens=24)
+    ppo.optimizer.update(learning_rate=3e-5, eps=1e-5)
+    ppo.data.update(source="builtin:tiny_sft", max_length=128)
+    ppo.sampling.update(prompts=24, max_new_tokens=24)
     ppo.kl.coefficient = 0.02
     ppo.update(num_iterations=8, epochs=1, minibatches=2)
     ppo.ptx.update(source="builtin:tiny_sft", gamma=1.0, batch_size=8)
@@ -92,4 +88,4 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         ppo.sampling.update(prompts=512, max_new_tokens=1024)
         ppo.update(num_iterations=500, minibatches=8)
         ppo.ptx.update(source="pretraining.jsonl", gamma=27.8, batch_size=512)
-    return make_stages_config(sft=sft, reward=reward, ppo=ppo)
+    return stages.Config.of(sft=sft, reward=reward, ppo=ppo).to_config_dict()

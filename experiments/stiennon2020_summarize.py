@@ -21,38 +21,32 @@ model's learning rates and batches (appendix B.1); not run.
 
 from ml_collections import ConfigDict
 
-from align_jax.algorithms.policy_gradient import default_policy_gradient_config
-from align_jax.algorithms.reward_model import default_reward_model_config
-from align_jax.algorithms.stages import make_stages_config
+from align_jax.algorithms.policy_gradient import Config as PolicyConfig
+from align_jax.algorithms.reward_model import Config as RewardModelConfig
+from align_jax.algorithms.sft import Config as SftConfig
 from align_jax.config import parse_scale
-from align_jax.data.dataset import default_data_config
-from align_jax.generation.rollout import default_sampling_config
-from align_jax.training.offline import default_offline_config
-from align_jax.training.optimizer import default_optimizer_config
+from align_jax.recipes import stages
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    sft = default_offline_config()
-    sft.algorithm = "sft"
-    sft.optimizer = default_optimizer_config(learning_rate=1e-5, schedule="cosine")
-    sft.data = default_data_config(source="builtin:tiny_sft", batch_size=8, max_length=128)
+    sft = SftConfig().to_config_dict()
+    sft.optimizer.update(learning_rate=1e-5, schedule="cosine")
+    sft.data.update(source="builtin:tiny_sft", batch_size=8, max_length=128)
 
-    reward = default_reward_model_config()
+    reward = RewardModelConfig().to_config_dict()
     reward.model = "stage:sft"
-    reward.optimizer = default_optimizer_config(learning_rate=1.5e-5, schedule="cosine")
-    reward.data = default_data_config(
-        source="builtin:tiny_preferences", batch_size=8, max_length=128
-    )
+    reward.optimizer.update(learning_rate=1.5e-5, schedule="cosine")
+    reward.data.update(source="builtin:tiny_preferences", batch_size=8, max_length=128)
     reward.normalization.update(kind="mean", source="builtin:tiny_sft", limit=64)
 
-    ppo = default_policy_gradient_config()
+    ppo = PolicyConfig().to_config_dict()
     ppo.model = "stage:sft"
     ppo.reward.update(kind="model", path="stage:reward")
     ppo.critic_init = "stage:reward/reward_model"
-    ppo.optimizer = default_optimizer_config(learning_rate=1e-5, eps=1e-5, schedule="linear")
-    ppo.data = default_data_config(source="builtin:tiny_sft", max_length=128)
-    ppo.sampling = default_sampling_config(prompts=32, max_new_tokens=24)
+    ppo.optimizer.update(learning_rate=1e-5, eps=1e-5, schedule="linear")
+    ppo.data.update(source="builtin:tiny_sft", max_length=128)
+    ppo.sampling.update(prompts=32, max_new_tokens=24)
     ppo.kl.coefficient = 0.05
     # Below what the reward model gives to bad completions: at -1 this policy learnt not to end.
     ppo.update(missing_eos="replace", missing_eos_score=-6.0)
@@ -80,4 +74,4 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
             config.optimizer.learning_rate = rate
         ppo.sampling.update(prompts=256, max_new_tokens=48)
         ppo.update(num_iterations=4000, minibatches=1)
-    return make_stages_config(sft=sft, reward=reward, ppo=ppo)
+    return stages.Config.of(sft=sft, reward=reward, ppo=ppo).to_config_dict()

@@ -35,33 +35,28 @@ file, with learning rates, batches and the million episodes of the released code
 
 from ml_collections import ConfigDict
 
-from align_jax.algorithms.online_preferences import make_online_config
-from align_jax.algorithms.policy_gradient import default_policy_gradient_config
-from align_jax.algorithms.reward_model import default_reward_model_config
+from align_jax.algorithms.policy_gradient import Config as PolicyConfig
+from align_jax.algorithms.reward_model import Config as RewardModelConfig
 from align_jax.config import parse_scale
-from align_jax.data.dataset import default_data_config
-from align_jax.generation.rollout import default_sampling_config
-from align_jax.training.optimizer import default_optimizer_config
+from align_jax.recipes import online_preferences
 
 PROMPTS = "builtin:review_openings"
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    reward = default_reward_model_config()
+    reward = RewardModelConfig().to_config_dict()
     reward.loss = "best_of_k"
-    reward.optimizer = default_optimizer_config(
-        learning_rate=1e-4, schedule="linear", warmup_steps=5
-    )
-    reward.data = default_data_config(batch_size=8, rows=2, max_length=256)
+    reward.optimizer.update(learning_rate=1e-4, schedule="linear", warmup_steps=5)
+    reward.data.update(batch_size=8, rows=2, max_length=256)
     reward.normalization.update(
         kind="mean_std", source=PROMPTS, policy="smollm2", limit=64, max_new_tokens=24
     )
 
-    policy = default_policy_gradient_config()
-    policy.optimizer = default_optimizer_config(learning_rate=3e-5, eps=1e-5, schedule="linear")
-    policy.data = default_data_config(source=PROMPTS, max_length=64)
-    policy.sampling = default_sampling_config(
+    policy = PolicyConfig().to_config_dict()
+    policy.optimizer.update(learning_rate=3e-5, eps=1e-5, schedule="linear")
+    policy.data.update(source=PROMPTS, max_length=64)
+    policy.sampling.update(
         prompts=8,
         samples=4,
         max_new_tokens=24,
@@ -101,9 +96,15 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         policy.kl.horizon = 10_000
         policy.evaluation.source = ""
         rounds, prompts = 4, 1250
-    config = make_online_config(
-        reward_model=reward, policy=policy, rounds=rounds, prompts=prompts, samples=4
-    )
-    if scale == "tiny":
-        config.comparer.reward = "length"
-    return config
+    return online_preferences.Config(
+        reward_model=reward,
+        policy=policy,
+        rounds=rounds,
+        prompts=prompts,
+        samples=4,
+        comparer={
+            "kind": "oracle",
+            "reward": "length" if scale == "tiny" else "vader",
+            "model": "",
+        },
+    ).to_config_dict()

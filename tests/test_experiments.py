@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from align_jax import main
-from align_jax.algorithms import ALGORITHMS, algorithm_of
+from align_jax.algorithms import ALGORITHMS, algorithm_of, settings_of
 from align_jax.config import SCALES, load_config
 from align_jax.data.sources import load_records
 from tests.conftest import EXPERIMENTS
@@ -16,29 +17,48 @@ RUN_HERE = ("grpo_gsm8k", "hh_rlhf", "reinforce", "rloo", "stiennon2020_summariz
 
 
 def runs_of(config):
-    """The configs of a run and of the runs it is made of."""
+    """The settings of a run and of the runs it is made of."""
     yield config
-    parts = {"stages": config.get("order"), "online_preferences": ("reward_model", "policy")}
-    for name in parts.get(config.algorithm) or ():
-        yield from runs_of(config[name])
+    if config.algorithm == "stages":
+        for stage in config.stages.values():
+            yield from runs_of(stage)
+    elif config.algorithm == "online_preferences":
+        yield from (config.reward_model, config.policy)
+
+
+def types_of(config):
+    """`get_type` of every field, nested."""
+    return {
+        name: types_of(value) if isinstance(value, ConfigDict) else config.get_type(name)
+        for name, value in config.items()
+    }
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_lost_between_the_config_and_its_settings(name, scale):
+    config = load_config(f"{EXPERIMENTS / name}.py:scale={scale}")
+    again = settings_of(config).to_config_dict()
+    assert again.to_dict() == config.to_dict()
+    assert types_of(again) == types_of(config)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_says_what_can_be_run(name, scale):
-    config = load_config(f"{EXPERIMENTS / name}.py:scale={scale}")
+    config = settings_of(load_config(f"{EXPERIMENTS / name}.py:scale={scale}"))
     for run in runs_of(config):
-        assert run.algorithm in ALGORITHMS and "seed" in run or run.algorithm == "stages"
-        if "model" in run and not run.model.startswith("stage:"):
+        fields = set(run.to_dict())
+        assert run.algorithm in ALGORITHMS and ("seed" in fields or run.algorithm == "stages")
+        if "model" in fields and not run.model.startswith("stage:"):
             assert (run.model == "tiny") == (scale == "tiny")
-            assert {"data", "optimizer", "mesh"} <= set(run.keys())
+            assert {"data", "optimizer", "mesh"} <= fields
             # Iterations say how long a policy trains: what it would not read is not there to set.
-            by_steps = {"num_steps", "num_epochs", "log_every"} & set(run.keys())
+            by_steps = {"num_steps", "num_epochs", "log_every"} & fields
             assert len(by_steps) == (0 if run.algorithm == "policy_gradient" else 3)
-        algorithm_of(run).check(run)
         if run.algorithm == "policy_gradient" and run.data.source.startswith("builtin:"):
             assert run.sampling.prompts <= len(load_records(run.data.source, kind="prompt"))
-    for stage in [config[name] for name in config.get("order", ())] or [config]:
+    for stage in config.stages.values() if config.algorithm == "stages" else [config]:
         for source, kind, _ in algorithm_of(stage).sources(stage):
             if source.startswith("builtin:"):
                 assert load_records(source, kind=kind)

@@ -1,6 +1,7 @@
 """What imports what: the layers of docs/architecture.md, and losses that bring only jax along."""
 
 import ast
+import graphlib
 import os
 import pathlib
 import subprocess
@@ -13,6 +14,7 @@ import align_jax
 PACKAGE = pathlib.Path(align_jax.__file__).parent
 # From the top: a folder imports only from those after it.
 LAYERS = (
+    "recipes",
     "algorithms",
     "evaluation",
     "training",
@@ -31,14 +33,14 @@ HEAVY |= {"tensorboardX", "huggingface_hub", "tokenizers", "vaderSentiment", "sa
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
-def imports(path, *, at_module_level):
-    """Names of imported modules, those under `if TYPE_CHECKING` left out."""
+def imports(path, *, at_module_level, for_types=False):
+    """Names of imported modules; those under `if TYPE_CHECKING` only with `for_types`."""
     tree = ast.parse((PACKAGE / path).read_text())
     skipped = set()
     for node in ast.walk(tree):
         lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and at_module_level
         checking = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        if lazy or checking:
+        if lazy or (checking and not for_types):
             skipped.update(ast.walk(node))
     for node in ast.walk(tree):
         if node in skipped:
@@ -69,6 +71,28 @@ def test_a_folder_imports_only_from_those_below_it(path):
     assert used <= {*LAYERS[LAYERS.index(layer) :], *BOTTOM}, path
 
 
+def import_graph():
+    """Each module with those of ours that it imports: in a function and for types, too."""
+    names = {}
+    for path in FILES:
+        parts = ("align_jax", *pathlib.PurePath(path).with_suffix("").parts)
+        names[path] = ".".join(parts).removesuffix(".__init__")
+    modules = set(names.values())
+    return {
+        name: modules.intersection(imports(path, at_module_level=False, for_types=True)) - {name}
+        for path, name in names.items()
+    }
+
+
+def test_imports_make_no_circle():
+    graph = import_graph()
+    # Imported in a function, as a package and from a package.
+    assert "align_jax.errors" in graph["align_jax.main"]
+    assert "align_jax.models.families" in graph["align_jax.models.loading"]
+    assert "align_jax.models.families.base" in graph["align_jax.models.families"]
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError shows the circle
+
+
 @pytest.mark.parametrize("path", FILES)
 def test_heavy_packages_are_imported_where_they_are_needed(path):
     roots = {name.split(".")[0] for name in imports(path, at_module_level=True)}
@@ -79,6 +103,9 @@ def test_the_checks_above_see_imports():
     assert "align_jax.errors" in imports("main.py", at_module_level=False)
     assert "align_jax.errors" not in imports("main.py", at_module_level=True)
     assert "orbax.checkpoint" in imports("training/checkpoint.py", at_module_level=False)
+    typed = "models/export.py"
+    assert "transformers" in imports(typed, at_module_level=True, for_types=True)
+    assert "transformers" not in imports(typed, at_module_level=False)
 
 
 def run(script):
@@ -102,6 +129,27 @@ def test_losses_bring_jax_alone_and_take_no_longer_than_jax():
     for package in ("flax", "optax", "transformers", "orbax", "ml_collections", "absl"):
         assert package not in modules
     assert min(ours)[0] < min(bare)[0] + 0.3
+
+
+def test_the_package_has_its_public_names_without_jax():
+    script = "import sys, align_jax\n"
+    script += "assert set(align_jax.__all__) <= set(dir(align_jax)), dir(align_jax)\n"
+    script += "assert not hasattr(align_jax, 'load_modle')\n"
+    _, modules = run(script + "print(*sys.modules)")
+    assert "align_jax" in modules and "jax" not in modules
+
+
+def test_the_public_names_of_the_package_are_those_of_interchange():
+    from align_jax.models import interchange
+
+    assert align_jax.__all__ == ["load_model", "load_tokenizer", "save_model"]
+    for name in align_jax.__all__:
+        assert getattr(align_jax, name) is getattr(interchange, name)
+    with pytest.raises(AttributeError, match="'align_jax' has no attribute 'load_modle'"):
+        _ = align_jax.load_modle
+    star = {}
+    exec("from align_jax import *", star)
+    assert star["load_model"] is interchange.load_model
 
 
 def test_the_command_line_shows_its_help_without_jax():

@@ -29,10 +29,13 @@ ALGORITHMS = {
     "reward_model": "align_jax.algorithms.reward_model",
     "policy_gradient": "align_jax.algorithms.policy_gradient",
     "sample": "align_jax.algorithms.sample",
-    "online_preferences": "align_jax.algorithms.online_preferences",
+    "online_preferences": "align_jax.recipes.online_preferences",
     "controlled_sentiment": "align_jax.algorithms.controlled_sentiment",
-    "stages": "align_jax.algorithms.stages",
+    "stages": "align_jax.recipes.stages",
 }
+
+# Those whose runs are made of runs.
+OF_RUNS = ("online_preferences", "stages")
 
 # Those whose runs are evaluated on samples they keep, not on records of `data.eval_source`.
 OF_OWN_SAMPLES = (
@@ -75,4 +78,6 @@ def errors_in(name: str) -> Iterator[None]:
     try:
         yield
     except (RunError, DataError, RewardError) as error:
+        if str(error).startswith(f"config.{name}."):
+            raise  # it says so itself
         raise RunError(f"in config.{name}: {error}") from error

@@ -19,11 +19,10 @@ from align_jax.losses import policy_gradient as pg
 from align_jax.losses.preference import dpo_loss
 from align_jax.models.frozen import combine, partition
 from align_jax.models.heads import ScalarHead, ScalarModel, without_unembedding
-from align_jax.models.interchange import load_reward_model
 from align_jax.models.locate import locate
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import Reward
-from align_jax.rewards.model import loaded_members, member_directories
+from align_jax.rewards.model import load_reward_model, loaded_members, member_directories
 from align_jax.training import pretrained
 from align_jax.training.scoring import (
     by_response,

@@ -45,15 +45,9 @@ from align_jax.evaluation.calibration import accuracy, calibrate
 from align_jax.evaluation.calibration_report import format_calibration, write_calibration_report
 from align_jax.files import write_json
 from align_jax.losses import ranking
-from align_jax.models.heads import (
-    RewardScale,
-    ScalarModel,
-    response_scores,
-    without_unembedding,
-)
-from align_jax.models.interchange import save_reward_model
+from align_jax.models.heads import ScalarModel, response_scores, without_unembedding
 from align_jax.progress import progress
-from align_jax.rewards.model import DIRECTORY, RewardModel
+from align_jax.rewards.model import DIRECTORY, RewardModel, RewardScale, save_reward_model
 from align_jax.training import offline, pretrained
 from align_jax.training.metrics import read_metrics
 from align_jax.training.step import Batch, LossFunction, LossSums

@@ -17,8 +17,8 @@ from align_jax.data.tokenise import encode_records
 from align_jax.errors import RunError
 from align_jax.files import write_file
 from align_jax.generation.rollout import default_sampling_config, roll_out
-from align_jax.models.heads import RewardScale
 from align_jax.progress import progress
+from align_jax.rewards.model import RewardScale
 from align_jax.training import pretrained
 from align_jax.training.workdir import Workdir
 

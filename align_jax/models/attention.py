@@ -1,8 +1,7 @@
 """Who attends to whom (the project's one mask rule), rotary positions, and causal attention.
 
 Mask rule: query i sees key j if j is not later in the row, belongs to the same segment, and is on
-  the
-prompt (branch 0) or on the same branch. Padding is segment 0: it sees only padding, and nothing
+the prompt (branch 0) or on the same branch. Padding is segment 0: it sees only padding, and nothing
 real sees it, wherever in the row it stands.
 """
 
@@ -12,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from align_jax.models.config import TransformerConfig
+
 Array = jax.Array
 
 # A query block of this length only meets the keys up to its own end: half of the work of full
@@ -19,7 +20,7 @@ Array = jax.Array
 QUERY_BLOCK = 128
 
 
-def rotary_frequencies(positions: Array, config) -> tuple[Array, Array]:
+def rotary_frequencies(positions: Array, config: TransformerConfig) -> tuple[Array, Array]:
     """Cosines and sines `[B,T,1,d/2]` of rotary embeddings (Su et al. 2021), half-rotation layout.
 
     `config.rope_scaling` applies Llama 3.1's stretching of the low frequencies.

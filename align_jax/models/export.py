@@ -1,7 +1,5 @@
-"""Writing a model, or a reward model, as a Hugging Face directory."""
+"""Writing a model as a Hugging Face directory, with or without a classification head."""
 
-import copy
-import dataclasses
 import json
 import math
 import os
@@ -9,23 +7,38 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from align_jax.errors import ModelError
-from align_jax.models import families
-from align_jax.models.heads import RewardScale, ScalarModel, without_unembedding
+from align_jax.files import write_json
+from align_jax.models.families import config_to_hf, family_of
 from align_jax.models.lora import merge_adapters
 from align_jax.models.transformer import Transformer
+from align_jax.trees import flatten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # A model larger than this is written as several files, so that only one has to be built in memory.
 MAX_SHARD_BYTES = 4 * 2**30
+
+
+class ClassificationHead(NamedTuple):
+    """What a directory of transformers' `...ForSequenceClassification` holds besides the model.
+
+    Attributes:
+      tensors: the head's tensors by name, whole on this host.
+      config: entries of `config.json`.
+      files: JSON objects by the name of their file.
+    """
+
+    tensors: Mapping[str, np.ndarray]
+    config: Mapping[str, Any]
+    files: Mapping[str, dict]
 
 
 def save_model(
@@ -41,94 +54,41 @@ def save_model(
       ModelError: the directory exists and is not empty, the tokenizer has more tokens than the
         model, or the disk is full. Nothing is left then.
     """
-    _save(model, tokenizer, path)
+    save_directory(model, tokenizer, path)
 
 
-def save_reward_model(
-    model: ScalarModel,
-    tokenizer: "PreTrainedTokenizerFast",
-    path: str | os.PathLike,
-    *,
-    scale: RewardScale,
-) -> None:
-    """Writes a reward model as a directory that `AutoModelForSequenceClassification` loads.
-
-    The head is `score.weight`; that class has no bias, so the head's own goes into the bias of
-    `reward.json`: reward = gain * (what transformers computes) + bias.
-
-    Raises:
-      ModelError: as `save_model`.
-    """
-    head_bias = float(np.asarray(model.head.head_bias[...]))
-    scale = dataclasses.replace(scale, bias=scale.gain * head_bias + scale.bias)
-    transformer = without_unembedding(model.transformer)
-    dtype = transformer.embedding[...].dtype
-    kernel = np.asarray(_gathered(model.head.head_kernel[...])).astype(dtype)[None]
-    _save(
-        transformer,
-        _with_distinct_padding(tokenizer),
-        path,
-        tensors={"score.weight": kernel},
-        config={"id2label": {"0": "reward"}, "label2id": {"reward": 0}},
-        files={"reward.json": dataclasses.asdict(scale)},
-    )
-
-
-def _with_distinct_padding(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
-    """A copy that pads with another token than EOS, or with none if it has no other.
-
-    transformers scores at the last token whose id is not the padding's: with EOS as padding it
-    would score before the EOS that ends a response.
-    """
-    tokenizer = copy.deepcopy(tokenizer)
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        taken = (tokenizer.eos_token_id, tokenizer.bos_token_id)
-        special = {tokenizer.unk_token: tokenizer.unk_token_id}
-        special |= {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        free = [token for token, id in special.items() if id is not None and id not in taken]
-        tokenizer.pad_token = free[0] if free else None
-    return tokenizer
-
-
-def _save(
+def save_directory(
     model: Transformer,
     tokenizer: "PreTrainedTokenizerFast",
     path: str | os.PathLike,
     *,
-    tensors: Mapping[str, np.ndarray] | None = None,
-    config: Mapping[str, Any] | None = None,
-    files: Mapping[str, dict] | None = None,
+    head: ClassificationHead | None = None,
 ) -> None:
-    """Writes the directory; `tensors` and `config` are those of a classification head."""
+    """Writes what `save_model` writes, or with `head` a `...ForSequenceClassification`."""
     path = pathlib.Path(path).expanduser()
     model = merge_adapters(model)
-    leaves = {
-        families.parameter_path(keys): _gathered(leaf)
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
-    }
+    leaves = {name: gathered(leaf) for name, leaf in flatten(model).items()}
     if jax.process_index() == 0:
-        _write(model, leaves, tokenizer, path, tensors or {}, config, files or {})
+        _write_directory(model, leaves, tokenizer, path, head)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {path}")
 
 
-def _gathered(leaf: jax.Array) -> jax.Array | np.ndarray:
-    """The array as it is, or if it lies on several hosts, each of which takes part, whole here."""
+def gathered(leaf: jax.Array) -> jax.Array | np.ndarray:
+    """The whole array on this host. If it is spread over several hosts, all of them call this."""
     if leaf.is_fully_addressable:
         return leaf
     return multihost_utils.process_allgather(leaf, tiled=True)
 
 
-def _write(
+def _write_directory(
     model: Transformer,
     leaves: dict[str, jax.Array | np.ndarray],
     tokenizer: "PreTrainedTokenizerFast",
     path: pathlib.Path,
-    tensors: Mapping[str, np.ndarray],
-    config: Mapping[str, Any] | None,
-    files: Mapping[str, dict],
+    head: ClassificationHead | None,
 ) -> None:
-    _check(model, tokenizer, path)
+    _check_destination(model, tokenizer, path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,10 +99,10 @@ def _write(
                 f"cannot save to {path}: the model takes {size:,} bytes, the disk has {free:,}."
             )
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        _write_weights(model, leaves, temporary, tensors)
-        _write_configs(model, leaves["embedding"].dtype, tokenizer, temporary, config)
-        for name, content in files.items():
-            _write_json(temporary / name, content)
+        _write_weights(model, leaves, temporary, head)
+        _write_configs(model, leaves["embedding"].dtype, tokenizer, temporary, head)
+        for name, content in head.files.items() if head else ():
+            write_json(temporary / name, content)
         # mkdtemp and safetensors write for their owner only; a model is as readable as any file.
         umask = os.umask(0)
         os.umask(umask)
@@ -157,7 +117,10 @@ def _write(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check(model, tokenizer, path: pathlib.Path) -> None:
+def _check_destination(
+    model: Transformer, tokenizer: "PreTrainedTokenizerFast", path: pathlib.Path
+) -> None:
+    """Refuses a directory that is not empty, and a tokenizer that is not the model's."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ModelError(f"{path} exists already; name a directory that does not, or an empty one.")
     if len(tokenizer) > model.config.vocab_size:
@@ -171,13 +134,13 @@ def _write_weights(
     model: Transformer,
     leaves: dict[str, jax.Array | np.ndarray],
     folder: pathlib.Path,
-    more: Mapping[str, np.ndarray],
+    head: ClassificationHead | None,
 ) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    rules = families.TENSORS[model.config.family]
-    tensors = families.stored_tensors(model)
+    family = family_of(model.config)
+    tensors = family.stored_tensors(model)
     itemsize = leaves["embedding"].dtype.itemsize
     sizes = {name: itemsize * math.prod(tensor.shape) for name, tensor in tensors.items()}
     shards = _shards(sizes)
@@ -189,24 +152,23 @@ def _write_weights(
         content = {}
         for name in names:
             parts = []
-            for path, layer in tensors[name].parts:
-                parameter = np.asarray(leaves[path])
-                parts.append(
-                    rules[path].to_stored(parameter if layer is None else parameter[layer])
-                )
+            for parameter, layer in tensors[name].parts:
+                array = np.asarray(leaves[parameter])
+                array = array if layer is None else array[layer]
+                parts.append(family.tensors[parameter].to_stored(array))
             # safetensors writes the memory as it lies, whatever the strides.
             content[name] = np.ascontiguousarray(np.concatenate(parts, axis=-1))
             weight_map[name] = file
-        if number == len(shards):
-            content |= more
-            weight_map |= dict.fromkeys(more, file)
+        if head is not None and number == len(shards):
+            content |= head.tensors
+            weight_map |= dict.fromkeys(head.tensors, file)
         try:
             save_file(content, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # how it reports a full disk
             raise OSError(str(error)) from error
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _shards(sizes: dict[str, int]) -> list[list[str]]:
@@ -227,25 +189,20 @@ def _write_configs(
     dtype: np.dtype,
     tokenizer: "PreTrainedTokenizerFast",
     folder: pathlib.Path,
-    classification: Mapping[str, Any] | None,
+    head: ClassificationHead | None,
 ) -> None:
     ids = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
-    config = families.config_to_hf(model.config, dtype=dtype.name, **ids)
-    if classification is None:
-        _write_json(folder / "generation_config.json", ids)
+    config = config_to_hf(model.config, dtype=dtype.name, **ids)
+    if head is None:
+        write_json(folder / "generation_config.json", ids)
     else:
-        [name] = config["architectures"]
-        family = name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        config |= {"architectures": [f"{family}ForSequenceClassification"], **classification}
-    _write_json(folder / "config.json", config)
+        architectures = [family_of(model.config).classification_class]
+        config |= {"architectures": architectures, **head.config}
+    write_json(folder / "config.json", config)
     tokenizer.save_pretrained(folder)
     # transformers 5 writes a class name here that transformers 4 does not know; both know this one.
     config_path = folder / "tokenizer_config.json"
     tokenizer_config = json.loads(config_path.read_text(encoding="utf-8"))
-    _write_json(config_path, {**tokenizer_config, "tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def _write_json(path: pathlib.Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(config_path, {**tokenizer_config, "tokenizer_class": "PreTrainedTokenizerFast"})

@@ -1,13 +1,13 @@
 """Scalar heads: a reward or a value per position on top of a transformer's hidden states."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from align_jax.models.transformer import Transformer, TransformerConfig
+from align_jax.models.config import TransformerConfig
+from align_jax.models.transformer import Transformer
 
 Array = jax.Array
 
@@ -77,23 +77,3 @@ def without_unembedding(transformer: Transformer) -> Transformer:
     bare.unembedding = None
     bare.config = dataclasses.replace(transformer.config, tie_embeddings=True)
     return bare
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardScale:
-    """What turns a head's scalar into a reward, `gain * scalar + bias`, and where that came from.
-
-    Attributes:
-      gain, bias: finite numbers.
-      max_length: tokens of prompt and response that texts were cut to in training; None: uncut.
-      origin: how gain and bias were found, for the reader.
-      max_prompt_length, min_prompt_length: what bounded the prompt when texts were cut, in tokens;
-        see docs/data.md. None and 1: nothing else.
-    """
-
-    gain: float = 1.0
-    bias: float = 0.0
-    max_length: int | None = None
-    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
-    max_prompt_length: int | None = None
-    min_prompt_length: int = 1

@@ -1,15 +1,15 @@
 """The linear maps of a transformer: a kernel, its bias, and the low-rank adapter beside it."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-if TYPE_CHECKING:
-    from align_jax.models.lora import Adapters
+from align_jax.models.config import TransformerConfig
+from align_jax.models.dimensions import PROJECTIONS
 
 Array = jax.Array
 
@@ -38,8 +38,70 @@ def _matmul_backward(residuals, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+class Adapters(nnx.Module):
+    """The low-rank factors of every adapted projection, stacked over layers (see `models/lora.py`).
+
+    A is `NAME_a`, `[L, *inputs, r]`, drawn from N(0, 1/(3 fan-in)). B is `NAME_b`,
+    `[L, r, *outputs]`, and starts at zero. The paper says "random Gaussian" and gives no variance.
+    This is the variance in the authors' code, so published learning rates carry over.
+
+    Args:
+      config: sizes of the adapted transformer.
+      rank: r.
+      alpha: the update is scaled by `alpha / rank`.
+      key: PRNG key of A.
+      targets: the projections to adapt, names of `PROJECTIONS`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        rank: int,
+        alpha: float,
+        key: Array,
+        targets: Sequence[str],
+    ):
+        self.scale = alpha / rank
+        sizes = {
+            "embed": config.hidden_size,
+            "heads": config.num_heads,
+            "kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "mlp": config.mlp_size,
+        }
+        # Every projection has a key, adapted or not: its A does not depend on the other targets.
+        keys = dict(zip(PROJECTIONS, jax.random.split(key, len(PROJECTIONS)), strict=True))
+        for name in targets:
+            inputs, outputs = (tuple(sizes[d] for d in side) for side in PROJECTIONS[name])
+            std = (3 * math.prod(inputs)) ** -0.5
+            a = std * jax.random.normal(keys[name], (config.num_layers, *inputs, rank))
+            setattr(self, f"{name}_a", nnx.Param(a))
+            setattr(self, f"{name}_b", nnx.Param(jnp.zeros((config.num_layers, rank, *outputs))))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The adapted projections."""
+        return tuple(name for name in PROJECTIONS if hasattr(self, f"{name}_a"))
+
+    def add(self, name: str, x: Array, y: Array) -> Array:
+        """`y + scale (x A) B` in one layer, or `y` if the projection is not adapted.
+
+        Args:
+          name: the projection.
+          x: `[B,T,inputs]`.
+          y: `[B,T,outputs]`, what the kernel makes of x.
+        """
+        if name not in self.targets:
+            return y
+        a, b = (getattr(self, f"{name}_{side}")[...].astype(x.dtype) for side in "ab")
+        rank = a.shape[-1]
+        low = checkpoint_name(matmul(x, a.reshape(-1, rank)), "linear")
+        return y + matmul(self.scale * low, b.reshape(rank, -1))
+
+
 def linear(
-    module: nnx.Module, name: str, x: Array, adapters: "Adapters | None", *, inputs: int = 1
+    module: nnx.Module, name: str, x: Array, adapters: Adapters | None, *, inputs: int = 1
 ) -> Array:
     """Applies `module.NAME`, `module.NAME_bias` if there is one, and the adapter of that name.
 

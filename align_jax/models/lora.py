@@ -14,70 +14,15 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from align_jax.distributed.partitioning import named_sharding
+from align_jax.models.dimensions import PARAMETER_DIMENSIONS, PROJECTIONS
 from align_jax.models.frozen import freeze, unfreeze
-from align_jax.models.linear import matmul
-from align_jax.models.transformer import (
-    PARAMETER_DIMENSIONS,
-    PROJECTIONS,
-    Transformer,
-    TransformerConfig,
-)
+from align_jax.models.linear import Adapters
+from align_jax.models.transformer import Transformer
 
 Array = jax.Array
-
-
-class Adapters(nnx.Module):
-    """The factors of every adapted projection, stacked over layers, and their common scale.
-
-    A is `NAME_a` `[L, *inputs, r]`, N(0, 1/(3 fan-in)); B is `NAME_b` `[L, r, *outputs]`, zero. The
-    paper says "random Gaussian" and leaves the variance open; this is that of the authors' code,
-    so that published learning rates carry over.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        rank: int,
-        alpha: float,
-        key: Array,
-        targets: Sequence[str],
-    ):
-        self.scale = alpha / rank
-        sizes = {
-            "embed": config.hidden_size,
-            "heads": config.num_heads,
-            "kv_heads": config.num_kv_heads,
-            "head_dim": config.head_dim,
-            "mlp": config.mlp_size,
-        }
-        # A key for each projection there is: what one gets does not depend on the other targets.
-        keys = dict(zip(PROJECTIONS, jax.random.split(key, len(PROJECTIONS)), strict=True))
-        for name in targets:
-            inputs, outputs = (tuple(sizes[d] for d in side) for side in PROJECTIONS[name])
-            std = (3 * math.prod(inputs)) ** -0.5
-            a = std * jax.random.normal(keys[name], (config.num_layers, *inputs, rank))
-            setattr(self, f"{name}_a", nnx.Param(a))
-            setattr(self, f"{name}_b", nnx.Param(jnp.zeros((config.num_layers, rank, *outputs))))
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The adapted projections."""
-        return tuple(name for name in PROJECTIONS if hasattr(self, f"{name}_a"))
-
-    def add(self, name: str, x: Array, y: Array) -> Array:
-        """`y + scale (x A) B` of one layer: `[B,T,inputs]`, `[B,T,outputs]`; y if not adapted."""
-        if name not in self.targets:
-            return y
-        a, b = (getattr(self, f"{name}_{side}")[...].astype(x.dtype) for side in "ab")
-        rank = a.shape[-1]
-        low = checkpoint_name(matmul(x, a.reshape(-1, rank)), "linear")
-        return y + matmul(self.scale * low, b.reshape(rank, -1))
 
 
 def add_adapters(

@@ -6,9 +6,8 @@ time does not grow with depth. Hidden states come out; the projection to the voc
 loss's business, which needs it at some positions only.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,82 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from align_jax.distributed.partitioning import constrain
 from align_jax.models.attention import attention, rotary_frequencies, rotate
-from align_jax.models.linear import linear
-
-if TYPE_CHECKING:
-    from align_jax.models.lora import Adapters
+from align_jax.models.config import TransformerConfig
+from align_jax.models.linear import Adapters, linear
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes and family differences of a decoder-only transformer.
-
-    `families.py` is the one place that fills these fields from a checkpoint's own configuration.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_size: int
-    context_length: int
-    family: str = "llama"
-    norm: str = "rms"  # "rms" | "layer" (with bias)
-    norm_epsilon: float = 1e-5
-    activation: str = "silu"  # "silu" | "gelu_tanh"
-    gated_mlp: bool = True
-    use_bias: bool = False
-    learned_positions: bool = False  # False: rotary
-    rope_theta: float = 10_000.0
-    rope_scaling: tuple[tuple[str, float], ...] | None = None  # Llama 3.1's, as sorted items
-    sliding_window: int | None = None
-    tie_embeddings: bool = True
-    compute_dtype: str = "float32"
-    remat: str = "none"  # "none" | "linear" (keep projections) | "full" (keep layer inputs)
-
-
-# The named dimensions of every parameter, by its last attribute name; `partitioning.RULES` places
-# them.
-PARAMETER_DIMENSIONS: dict[str, tuple[str | None, ...]] = {
-    "embedding": ("vocab", "embed"),
-    "position_embedding": (None, "embed"),
-    "unembedding": ("vocab", "embed"),
-    "query": ("embed", "heads", "head_dim"),
-    "key": ("embed", "kv_heads", "head_dim"),
-    "value": ("embed", "kv_heads", "head_dim"),
-    "output": ("heads", "head_dim", "embed"),
-    "query_bias": ("heads", "head_dim"),
-    "key_bias": ("kv_heads", "head_dim"),
-    "value_bias": ("kv_heads", "head_dim"),
-    "output_bias": ("embed",),
-    "gate": ("embed", "mlp"),
-    "up": ("embed", "mlp"),
-    "down": ("embed", "mlp"),
-    "up_bias": ("mlp",),
-    "down_bias": ("embed",),
-    "scale": ("embed",),
-    "bias": ("embed",),
-    "head_kernel": ("embed",),
-    "head_bias": (),
-}
-
-# The kernels that low-rank adapters can stand beside (models/lora.py): input and output dimensions.
-PROJECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "query": (("embed",), ("heads", "head_dim")),
-    "key": (("embed",), ("kv_heads", "head_dim")),
-    "value": (("embed",), ("kv_heads", "head_dim")),
-    "output": (("heads", "head_dim"), ("embed",)),
-    "gate": (("embed",), ("mlp",)),
-    "up": (("embed",), ("mlp",)),
-    "down": (("mlp",), ("embed",)),
-}
-for _name, (_inputs, _outputs) in PROJECTIONS.items():
-    PARAMETER_DIMENSIONS[f"{_name}_a"] = (*_inputs, "rank")
-    PARAMETER_DIMENSIONS[f"{_name}_b"] = ("rank", *_outputs)
 
 
 def _normal(key: Array, *shape: int) -> nnx.Param:
@@ -139,7 +66,7 @@ class Attention(nnx.Module):
         self.output_bias = zeros(c.hidden_size)
 
     def project(
-        self, x: Array, rotary: tuple[Array, Array] | None, adapters: "Adapters | None"
+        self, x: Array, rotary: tuple[Array, Array] | None, adapters: Adapters | None
     ) -> tuple[Array, Array, Array]:
         """`[B,T,D]` to queries `[B,T,H,d]`, keys and values `[B,T,K,d]`, rotated if rotary."""
         queries, keys, values = (
@@ -149,7 +76,7 @@ class Attention(nnx.Module):
             queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
         return queries, keys, values
 
-    def merge(self, heads: Array, adapters: "Adapters | None") -> Array:
+    def merge(self, heads: Array, adapters: Adapters | None) -> Array:
         """`[B,T,H,d]` back to `[B,T,D]`."""
         return linear(self, "output", heads, adapters, inputs=2)
 
@@ -167,7 +94,7 @@ class MLP(nnx.Module):
         self.up_bias = nnx.Param(jnp.zeros(c.mlp_size)) if c.use_bias else None
         self.down_bias = nnx.Param(jnp.zeros(c.hidden_size)) if c.use_bias else None
 
-    def __call__(self, x: Array, adapters: "Adapters | None") -> Array:
+    def __call__(self, x: Array, adapters: Adapters | None) -> Array:
         activate = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu
         up = linear(self, "up", x, adapters)
         if self.gate is not None:
@@ -326,14 +253,3 @@ def segment_positions(shape: tuple[int, int], segment_ids: Array | None) -> Arra
         [jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
     )
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
-def parameter_dimensions(model: nnx.Module) -> nnx.Module:
-    """A tree like `model` whose leaves are the names of each parameter's dimensions."""
-
-    def dimensions(path, leaf):
-        names = [key.name for key in path[:-1]]  # the last key is nnx.Param's own field
-        named = PARAMETER_DIMENSIONS[names[-1]]
-        return ("layers", *named) if {"blocks", "adapters"} & set(names) else named
-
-    return jax.tree_util.tree_map_with_path(dimensions, model)

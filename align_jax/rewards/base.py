@@ -37,7 +37,9 @@ def checked_scores(reward: Reward, records: Records, completions: Sequence[str])
         number. An ImportError (it says what to install), DataError or ModelError is passed on.
       ValueError: as many records as completions are needed.
     """
-    return _checked(reward, records, {"completion": completions}, f"the reward {name_of(reward)}")
+    return _checked_values(
+        reward, records, {"completion": completions}, f"the reward {name_of(reward)}"
+    )
 
 
 def checked_probabilities(
@@ -48,7 +50,7 @@ def checked_probabilities(
     Raises: as `checked_scores`; also for a value outside [0, 1].
     """
     texts, label = {"first": first, "second": second}, f"the comparer {name_of(comparer)}"
-    values = _checked(comparer, records, texts, label)
+    values = _checked_values(comparer, records, texts, label)
     for index in np.flatnonzero((values < 0) | (values > 1))[:1]:
         raise RewardError(
             f"{label} returned {values[index]}, which is no probability, for "
@@ -78,7 +80,7 @@ def scores_and_components(
     )
     if not isinstance(found, Mapping) or not all(isinstance(k, str) and k for k in found):
         raise RewardError(
-            f"{label} has components {_show(repr(found))}; expected a dict of "
+            f"{label} has components {_shortened(repr(found))}; expected a dict of "
             f"{len(records)} numbers under each component's name."
         )
     components = {
@@ -120,7 +122,7 @@ def text_of(prompt: str | Sequence[Mapping[str, str]]) -> str:
     return "\n\n".join(f"{one['role'].capitalize()}: {one['content']}" for one in prompt)
 
 
-def _checked(
+def _checked_values(
     function: Callable, records: Records, texts: dict[str, Sequence[str]], label: str
 ) -> np.ndarray:
     records, texts = _aligned(records, texts)
@@ -206,7 +208,7 @@ def _as_float64(result: Any, count: int, label: str, describe: Callable[[int], s
         return array.astype(np.float64)
     items = list(result) if isinstance(result, Sequence | np.ndarray) and array.ndim else None
     if items is None or isinstance(result, str) or array.ndim > 1:
-        what = f"an array of shape {array.shape}" if array.ndim > 1 else _show(repr(result))
+        what = f"an array of shape {array.shape}" if array.ndim > 1 else _shortened(repr(result))
         raise RewardError(
             f"{label} returned {what}; expected {count} numbers, one for each completion, the "
             f"first of them for {describe(0)}"
@@ -219,7 +221,8 @@ def _as_float64(result: Any, count: int, label: str, describe: Callable[[int], s
     for index, item in enumerate(items):
         if not isinstance(item, numbers.Real | decimal.Decimal | np.bool_):
             raise RewardError(
-                f"{label} returned {_show(repr(item))}, which is no number, for {describe(index)}"
+                f"{label} returned {_shortened(repr(item))}, which is no number, for "
+                f"{describe(index)}"
             )
     return np.array([float(item) for item in items])
 
@@ -227,11 +230,11 @@ def _as_float64(result: Any, count: int, label: str, describe: Callable[[int], s
 def _describe(index: int, records: Sequence, texts: dict[str, Sequence[str]]) -> str:
     record = records[index]
     where = f" ({record['where']})" if "where" in record else ""
-    parts = [f"prompt {_show(text_of(record.get('prompt', '')))!r}{where}"]
-    parts += [f"{field} {_show(column[index])!r}" for field, column in texts.items()]
+    parts = [f"prompt {_shortened(text_of(record.get('prompt', '')))!r}{where}"]
+    parts += [f"{field} {_shortened(column[index])!r}" for field, column in texts.items()]
     return f"index {index} of {len(records)}: " + ", ".join(parts)
 
 
-def _show(text: str) -> str:
+def _shortened(text: str) -> str:
     half = _SHOWN // 2
     return text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}"

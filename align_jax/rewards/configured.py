@@ -167,7 +167,8 @@ def _judge(
     options: tuple[str, str] = OPTIONS,
     batch_size: int = 8,
 ) -> Comparer:
-    from align_jax.models.interchange import load_model, load_tokenizer
+    from align_jax.models.loading import load_model
+    from align_jax.models.tokenizers import load_tokenizer
 
     return LanguageModelJudge(
         load_model(model, mesh=context.mesh, compute_dtype=compute_dtype),
@@ -230,7 +231,7 @@ def _build(config: Any, kinds: Mapping[str, Callable], context: _Context) -> Any
         return _imported(kind, key)
     if kind not in kinds:
         raise RewardError(
-            f"{key}: there is no kind {kind!r}.{_near(kind, kinds)} Any Python callable is "
+            f"{key}: there is no kind {kind!r}.{_hint(kind, kinds)} Any Python callable is "
             "'package.module:function'."
         )
     parameters = [
@@ -251,14 +252,14 @@ def _check_keys(options: Mapping, required: Any, optional: Any, key: str) -> Non
     for name in options:
         if name not in known:
             raise RewardError(
-                f"{key} has no key {name!r}.{_near(name, known)} An empty value takes it away."
+                f"{key} has no key {name!r}.{_hint(name, known)} An empty value takes it away."
             )
     for name in required:
         if name not in options:
             raise RewardError(f"{key} needs the key {name!r}.")
 
 
-def _near(name: str, known: Any) -> str:
+def _hint(name: str, known: Any) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1)
     if close:
         return f" Did you mean {close[0]!r}?"
@@ -292,7 +293,7 @@ def _imported(spec: str, key: str) -> Any:
         ) from error
     if not hasattr(module, name):
         public = [one for one in dir(module) if not one.startswith("_")]
-        raise RewardError(f"{key} is {spec!r}: {module_name} has no {name!r}.{_near(name, public)}")
+        raise RewardError(f"{key} is {spec!r}: {module_name} has no {name!r}.{_hint(name, public)}")
     found = getattr(module, name)
     if not callable(found) or inspect.isclass(found):
         what = "a class" if inspect.isclass(found) else f"{type(found).__name__} {found!r}"

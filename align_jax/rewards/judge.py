@@ -108,14 +108,15 @@ class LanguageModelJudge:
         for question in self._questions:
             for pair in (first, second), (second, first):
                 for record, a, b in zip(records, *pair, strict=True):
-                    asked.append((record, self._fill(text_of(record["prompt"]), a, b, question)))
+                    text = self._fill_template(text_of(record["prompt"]), a, b, question)
+                    asked.append((record, text))
         if not asked:
             return np.zeros(0, np.float32)
         shape = (len(self._questions), 2, len(records))
         given, swapped = self._probabilities(asked).reshape(shape).mean(0)
         return ((given + (1.0 - swapped)) / 2).astype(np.float32)
 
-    def _fill(self, prompt: str, first: str, second: str, question: str) -> str:
+    def _fill_template(self, prompt: str, first: str, second: str, question: str) -> str:
         texts = {"prompt": prompt, "first": first, "second": second, "question": question}
         # In one pass, so that a completion that says "{second}" is quoted as it is.
         slots = re.compile("{(" + "|".join(_SLOTS) + ")}")
@@ -123,7 +124,7 @@ class LanguageModelJudge:
 
     def _probabilities(self, asked: Sequence[tuple[Any, str]]) -> np.ndarray:
         """P(first option) of each filled template, `[M]` float64."""
-        prompts = self._encode(asked)
+        prompts = self._encode_prompts(asked)
         # Rows and length are those that a prompt's own length asks for: what else is compared
         # changes no number.
         buckets: dict[int, list[int]] = {}
@@ -145,7 +146,7 @@ class LanguageModelJudge:
                     out[chosen] = _sigmoid(a - b)
         return out
 
-    def _encode(self, asked: Sequence[tuple[Any, str]]) -> list[list[int]]:
+    def _encode_prompts(self, asked: Sequence[tuple[Any, str]]) -> list[list[int]]:
         """Tokens up to where the option stands, by the rules of `data/tokenise.py`."""
         is_chat = bool(getattr(self._tokenizer, "chat_template", None))
         raw = [

@@ -1,14 +1,18 @@
-"""A trained reward model as a reward: text in, one number a completion out."""
+"""Reward models: from and to a directory, and as a reward that gives each completion a number."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,11 +21,22 @@ from align_jax.data.records import parse_record
 from align_jax.data.tokenise import Example, encode_records
 from align_jax.distributed.partitioning import replicated
 from align_jax.errors import ModelError
-from align_jax.models.heads import RewardScale, ScalarModel, response_scores
-from align_jax.models.interchange import load_reward_model, load_tokenizer
-from align_jax.models.locate import read_json
+from align_jax.models.export import ClassificationHead, gathered, save_directory
+from align_jax.models.heads import ScalarModel, response_scores, without_unembedding
+from align_jax.models.loading import (
+    SafetensorsFiles,
+    fill,
+    name_in_errors,
+    read_transformer,
+    runtime_config,
+)
+from align_jax.models.locate import locate, read_json
+from align_jax.models.tokenizers import load_tokenizer
 from align_jax.rewards.base import Reward
 from align_jax.rewards.mixture import Combined
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Where a run of the algorithm `reward_model` leaves what it made.
 DIRECTORY = "reward_model"
@@ -31,6 +46,122 @@ SMALLEST_BUCKET = 32
 # Tokens of a batch, padding included. A batch is always full, so a single text costs as much.
 BATCH_TOKENS = {"cpu": 512}
 DEFAULT_BATCH_TOKENS = 16_384
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardScale:
+    """A reward is `gain * scalar + bias` of the head's scalar; and how texts were cut in training.
+
+    Attributes:
+      gain, bias: finite numbers.
+      max_length: tokens of prompt and response that texts were cut to in training; None: uncut.
+      origin: how gain and bias were found, for the reader.
+      max_prompt_length, min_prompt_length: bounds on the tokens of the prompt when texts were cut,
+        see docs/data.md. None and 1: no bound.
+    """
+
+    gain: float = 1.0
+    bias: float = 0.0
+    max_length: int | None = None
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    max_prompt_length: int | None = None
+    min_prompt_length: int = 1
+
+
+def save_reward_model(
+    model: ScalarModel,
+    tokenizer: PreTrainedTokenizerFast,
+    path: str | os.PathLike,
+    *,
+    scale: RewardScale,
+) -> None:
+    """Writes a reward model as a directory that `AutoModelForSequenceClassification` loads.
+
+    The head's kernel is `score.weight`. That class has no bias, so the head's bias becomes a part
+    of the bias in `reward.json`: reward = gain * (what transformers computes) + bias.
+
+    Raises:
+      ModelError: as `save_model`.
+    """
+    head_bias = float(np.asarray(model.head.head_bias[...]))
+    scale = dataclasses.replace(scale, bias=scale.gain * head_bias + scale.bias)
+    transformer = without_unembedding(model.transformer)
+    dtype = transformer.embedding[...].dtype
+    kernel = np.asarray(gathered(model.head.head_kernel[...])).astype(dtype)[None]
+    head = ClassificationHead(
+        tensors={"score.weight": kernel},
+        config={"id2label": {"0": "reward"}, "label2id": {"reward": 0}},
+        files={"reward.json": dataclasses.asdict(scale)},
+    )
+    save_directory(transformer, _with_distinct_padding(tokenizer), path, head=head)
+
+
+def _with_distinct_padding(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy that does not pad with EOS, but with another special token, or with none.
+
+    transformers scores at the last token whose id is not the padding's: with EOS as padding it
+    would score before the EOS that ends a response.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        taken = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        special = {tokenizer.unk_token: tokenizer.unk_token_id}
+        special |= {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        free = [token for token, id in special.items() if id is not None and id not in taken]
+        tokenizer.pad_token = free[0] if free else None
+    return tokenizer
+
+
+def load_reward_model(
+    path: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    compute_dtype: str = "float32",
+    remat: str = "none",
+) -> tuple[ScalarModel, RewardScale]:
+    """Reads what `save_reward_model` wrote, or transformers' `...ForSequenceClassification`.
+
+    Returns the model, whose scalar at a response's last token is what transformers computes, and
+    the scale that makes a reward of it: gain 1 and bias 0 if there is no `reward.json`. Arguments
+    as for `load_model`.
+
+    Raises:
+      ModelError: as `load_model`; the directory has no scalar head, or a damaged reward.json.
+    """
+    location = locate(path, weights=True)
+    if location.kind != "directory":
+        raise ModelError(f"{path} is not a reward model: expected a directory with score.weight.")
+    folder = location.path
+    with name_in_errors(folder):
+        # A classification model has no projection to the vocabulary, whatever its config says.
+        hf_config = read_json(folder / "config.json") | {"tie_word_embeddings": True}
+        config = runtime_config(hf_config, compute_dtype=compute_dtype, remat=remat)
+        tensors = SafetensorsFiles(folder)
+        shape, found = (1, config.hidden_size), tensors.shapes().get("score.weight", "none")
+        if found != shape:
+            raise ModelError(
+                f"{folder} is not a reward model: expected a tensor score.weight of shape {shape}, "
+                f"found {found}."
+            )
+        kernel = tensors.pop("score.weight")[0].astype(np.float32)
+        transformer = read_transformer(config, tensors, jnp.dtype(dtype or "float32"), mesh)
+    model = ScalarModel(transformer, key=None)
+    head = fill(model.head, lambda name, leaf: kernel if name == "head_kernel" else leaf, mesh)
+    model.head = head
+    return model, _read_scale(folder / "reward.json")
+
+
+def _read_scale(file: Path) -> RewardScale:
+    if not file.is_file():
+        return RewardScale()
+    content = read_json(file)
+    for name in ("gain", "bias"):
+        value = content.get(name)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ModelError(f"{file}: {name!r} must be a finite number, got {value!r}.")
+    known = {field.name for field in dataclasses.fields(RewardScale)}
+    return RewardScale(**{name: value for name, value in content.items() if name in known})
 
 
 class RewardModel:
@@ -125,7 +256,7 @@ class RewardModel:
         return np.array([(own - s.bias) / s.gain for own, (_, s) in zip(scores, self.members)])
 
     def mean_log_odds(self, members: np.ndarray) -> np.ndarray:
-        """Of `member_log_odds` what orders texts as the reward does, `[N]`: weighted by gains."""
+        """Gain-weighted mean of `member_log_odds`, `[N]`; it ranks texts as the reward does."""
         gains = [scale.gain for _, scale in self.members]
         return np.average(members, axis=0, weights=gains)
 
@@ -135,14 +266,14 @@ class RewardModel:
         """Every member's reward of each completion, `[members, N]` float32."""
         if not len(completions):
             return np.zeros((len(self.members), 0), np.float32)
-        examples = self._encode(records, completions)
+        examples = self._encode_texts(records, completions)
         scores = [
             scale.gain * self._scalars(model, examples) + scale.bias
             for model, scale in self.members
         ]
         return np.array(scores, np.float32)
 
-    def _encode(self, records, completions) -> list[Example]:
+    def _encode_texts(self, records, completions) -> list[Example]:
         pairs = [
             parse_record(
                 {"prompt": record["prompt"], "completion": completion},

@@ -20,6 +20,7 @@ import numpy as np
 
 from align_jax.data.sources import read_file
 from align_jax.errors import RewardError
+from align_jax.files import write_file
 from align_jax.rewards.base import Records, text_of
 
 PREFERRED = {"first": 1.0, "tie": 0.5, "second": 0.0}
@@ -56,8 +57,8 @@ class PeopleJudge:
         pairs = [_pair(*one) for one in zip(records, first, second, strict=True)]
         unique = {pair["id"]: pair for pair in pairs}  # a pair that is asked twice is shown once
         if jax.process_index() == 0:
-            self._write(list(unique.values()))
-        labels = self._read(set(unique))
+            self._write_pairs(list(unique.values()))
+        labels = self._read_labels(set(unique))
         missing = [id for id in unique if id not in labels]
         if missing:
             raise WaitingForLabels(
@@ -68,10 +69,9 @@ class PeopleJudge:
             )
         return np.array([labels[pair["id"]] for pair in pairs], np.float32)
 
-    def _write(self, pairs: Sequence[Mapping[str, str]]) -> None:
+    def _write_pairs(self, pairs: Sequence[Mapping[str, str]]) -> None:
         text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
         content = text.encode("utf-8")
-        temporary = self.pairs.with_name(f".{self.pairs.name}.{os.getpid()}")
         try:
             if self.pairs.exists():
                 if self.pairs.read_bytes() == content:
@@ -82,14 +82,11 @@ class PeopleJudge:
                     "start in another workdir."
                 )
             self.pairs.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, self.pairs)
+            write_file(self.pairs, content)
         except OSError as error:
             raise RewardError(f"{self.pairs} cannot be written: {error}.") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
-    def _read(self, known: set[str]) -> dict[str, float]:
+    def _read_labels(self, known: set[str]) -> dict[str, float]:
         """{id: probability that the first is better}, of the pairs labelled so far."""
         labels: dict[str, float] = {}
         origins: dict[str, str] = {}

@@ -22,8 +22,8 @@ import numpy as np
 
 from align_jax.errors import RunError
 from align_jax.files import write_json
+from align_jax.models.config import TransformerConfig
 from align_jax.models.frozen import combine, partition
-from align_jax.models.transformer import TransformerConfig
 from align_jax.trees import fingerprint, flatten, unflatten
 
 # The field of the JSON object that holds the fingerprints of frozen parameters, by item.

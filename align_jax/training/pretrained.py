@@ -12,10 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from align_jax.distributed.mesh import make_mesh, single_device_mesh
 from align_jax.errors import RunError
+from align_jax.models.config import TransformerConfig
 from align_jax.models.frozen import own_trained
-from align_jax.models.interchange import abstract_transformer, load_model, load_tokenizer
+from align_jax.models.loading import abstract_transformer, load_model
 from align_jax.models.lora import add_adapters, merge_adapters
-from align_jax.models.transformer import Transformer, TransformerConfig
+from align_jax.models.tokenizers import load_tokenizer
+from align_jax.models.transformer import Transformer
 from align_jax.settings import Settings
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.workdir import read_config
@@ -117,7 +119,7 @@ def as_configured(
 
 
 def as_base(config: RunConfig, model: Transformer) -> Transformer:
-    """A model that a trained one is compared with: computing as `config` says, its arrays shared."""
+    """A model computing as `config` says, to compare a trained one with; its arrays are shared."""
     model = jax.tree.map(lambda x: x, model)
     set_computation(model, compute_dtype=config.compute_dtype, remat=config.remat)
     return model

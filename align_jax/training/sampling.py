@@ -26,7 +26,7 @@ from align_jax.rewards.base import (
 )
 from align_jax.training.reference import compute_log_probs
 
-# The score that `win_shares` makes.
+# The score that `with_wins` adds.
 WINS = "wins"
 
 # Prompts, with all their samples, whose log-probabilities are computed together.
@@ -111,38 +111,54 @@ def with_scores(samples: Sequence[Sample], reward: Reward, records: Records) -> 
 def with_wins(samples: Sequence[Sample], comparer: Comparer, records: Records) -> list[Sample]:
     """Adds to each sample's scores its share of won comparisons with the prompt's other samples.
 
-    All pairs of a prompt are compared, and each pair of texts once. Texts that are equal are as
-    good as each other, and nobody is asked.
-
     Args:
       records: the prompt of each sample, as the comparer wants it.
 
     Raises: as `rewards.base.checked_probabilities`.
     """
-    asked_about = {sample["prompt_id"]: record for sample, record in zip(samples, records)}
+    asked = {sample["prompt_id"]: record for sample, record in zip(samples, records)}
     groups = by_prompt(samples)
-    texts = [list(dict.fromkeys(one["text"] for one in group)) for group in groups]
+    texts = [[sample["text"] for sample in group] for group in groups]
+    won = comparisons_won(comparer, [asked[group[0]["prompt_id"]] for group in groups], texts)
+    return [
+        # Against itself every sample has 0.5, which is no comparison.
+        one | {"scores": one["scores"] | {WINS: float((wins - 0.5) / max(len(group) - 1, 1))}}
+        for group, own in zip(groups, won)
+        for one, wins in zip(group, own)
+    ]
+
+
+def comparisons_won(
+    comparer: Comparer, records: Records, texts: Sequence[Sequence[str]]
+) -> list[np.ndarray]:
+    """Comparisons that each of a prompt's completions wins, `[K]` for each prompt.
+
+    All pairs of a prompt are compared, itself included: every completion wins half of the
+    comparison with itself, and half of one with an equal text. Nobody is asked about these, and
+    about each pair of texts once.
+
+    Args:
+      records: the prompts, as the comparer wants them.
+      texts: the K completions of each.
+
+    Raises: as `rewards.base.checked_probabilities`.
+    """
+    different = [list(dict.fromkeys(own)) for own in texts]
     asked = [
-        (asked_about[group[0]["prompt_id"]], *pair)
-        for group, own in zip(groups, texts)
+        (record, *pair)
+        for record, own in zip(records, different)
         for pair in itertools.combinations(own, 2)
     ]
     answers = iter(checked_probabilities(comparer, *zip(*asked)) if asked else ())
-    out = []
-    for group, own in zip(groups, texts):
+    won = []
+    for own, all_texts in zip(different, texts):
         better = np.full((len(own), len(own)), 0.5)
         for i, j in itertools.combinations(range(len(own)), 2):
             better[i, j] = next(answers)
             better[j, i] = 1 - better[i, j]
-        places = [own.index(one["text"]) for one in group]
-        among_all = better[places][:, places]
-        # Against itself every sample has 0.5, which is no comparison.
-        shares = (among_all.sum(1) - 0.5) / max(len(group) - 1, 1)
-        out += [
-            one | {"scores": one["scores"] | {WINS: float(share)}}
-            for one, share in zip(group, shares)
-        ]
-    return out
+        places = [own.index(text) for text in all_texts]
+        won.append(better[:, places].sum(1)[places])
+    return won
 
 
 def log_probs_under(

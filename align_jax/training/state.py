@@ -9,8 +9,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from align_jax.distributed.partitioning import named_sharding, replicated
+from align_jax.models.dimensions import parameter_dimensions
 from align_jax.models.frozen import partition
-from align_jax.models.transformer import parameter_dimensions
 from align_jax.trees import flatten, unflatten
 
 Array = jax.Array

@@ -15,10 +15,9 @@ from align_jax.algorithms.policy_checks import check
 from align_jax.algorithms.policy_objective import critic_directory, new_agent
 from align_jax.distributed.mesh import make_mesh
 from align_jax.errors import DataError, RunError
-from align_jax.models.export import save_reward_model
-from align_jax.models.heads import RewardScale, ScalarModel
+from align_jax.models.heads import ScalarModel
 from align_jax.rewards.configured import make_reward
-from align_jax.rewards.model import RewardModel
+from align_jax.rewards.model import RewardModel, RewardScale, save_reward_model
 from align_jax.training import checkpoint, pretrained
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.workdir import Workdir

@@ -309,8 +309,8 @@ def test_a_reward_that_fails_names_prompt_and_completion(new_trainer):
 
 
 def test_the_critic_may_start_as_the_reward_model(new_trainer, base, tokenizer, tmp_path):
-    from align_jax.models.export import save_reward_model
-    from align_jax.models.heads import RewardScale, ScalarModel
+    from align_jax.models.heads import ScalarModel
+    from align_jax.rewards.model import RewardScale, save_reward_model
 
     model = ScalarModel(base, key=jax.random.key(1))
     save_reward_model(model, tokenizer, tmp_path / "rm", scale=RewardScale(gain=2.0, bias=0.5))

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from align_jax.generation import rollout as rollouts
-from align_jax.models.export import save_reward_model
-from align_jax.models.heads import RewardScale, ScalarModel
+from align_jax.models.heads import ScalarModel
 from align_jax.models.tokenizers import load_tokenizer
 from align_jax.rewards.configured import make_reward
+from align_jax.rewards.model import RewardScale, save_reward_model
 from align_jax.training.metrics import read_metrics
 from tests.algorithms.policy_runs import METHODS, other_model, samples_of
 

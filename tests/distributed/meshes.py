@@ -12,9 +12,9 @@ from align_jax.config import load_config
 from align_jax.data import batching, dataset
 from align_jax.distributed import mesh as meshes
 from align_jax.generation import generate
-from align_jax.models.heads import RewardScale, ScalarModel
+from align_jax.models.heads import ScalarModel
 from align_jax.models.interchange import load_model, load_tokenizer
-from align_jax.rewards.model import RewardModel
+from align_jax.rewards.model import RewardModel, RewardScale
 from align_jax.training import offline, pretrained
 from align_jax.training.metrics import read_metrics
 from align_jax.training.optimizer import make_optimizer, make_schedule

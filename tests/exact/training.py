@@ -12,7 +12,8 @@ import numpy as np
 from align_jax.data.batching import build_batch, separate_responses
 from align_jax.data.tokenise import Example
 from align_jax.distributed.mesh import make_mesh
-from align_jax.models.transformer import Transformer, TransformerConfig
+from align_jax.models.config import TransformerConfig
+from align_jax.models.transformer import Transformer
 from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
 from align_jax.training.scoring import sum_by_response, target_log_probs
 from align_jax.training.state import init_state

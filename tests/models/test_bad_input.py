@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors.numpy import load_file, save_file
 
 from align_jax.errors import ModelError
-from align_jax.models import interchange
+from align_jax.models import loading
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.models.locate import locate
 
@@ -26,7 +26,7 @@ def no_allocation(monkeypatch):
     def allocate(*_, **__):
         raise AssertionError("parameters were built before the input was checked")
 
-    monkeypatch.setattr(interchange, "_fill", allocate)
+    monkeypatch.setattr(loading, "fill", allocate)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from align_jax.errors import ModelError
-from align_jax.models.families import config_from_hf, config_to_hf
+from align_jax.models.families import FAMILIES, config_from_hf, config_to_hf, family_of
 from align_jax.models.interchange import load_model
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
@@ -119,6 +119,41 @@ def test_config_survives_the_way_out_and_back(name):
     shared = {key: value for key, value in out.items() if key in own}
     assert {k: v for k, v in shared.items() if v != own[k]} in ({}, {"n_inner": 128})
     assert {"architectures", "model_type", "vocab_size", "dtype"} <= shared.keys()
+
+
+MISTRAL = json.loads((GOLDENS / "mistral_tiny" / "config.json").read_text())
+IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_a_family_reads_what_it_writes_and_is_found_by_its_name(family):
+    config = config_from_hf({"llama": LLAMA, "mistral": MISTRAL, "gpt2": GPT2}[family.name])
+    assert family_of(config) is family
+    assert family.name in family.model_types
+    model_types = [kind for one in FAMILIES.values() for kind in one.model_types]
+    assert len(set(model_types)) == len(model_types)
+
+
+def test_a_sliding_window_is_never_lost():
+    """null is no window, an absent key is transformers' default; Llama has none to write."""
+    whole = config_from_hf(MISTRAL | {"sliding_window": None})
+    assert whole.sliding_window is None
+    out = config_to_hf(whole, dtype="float32", **IDS)
+    assert out["model_type"] == "mistral" and config_from_hf(out) == whole
+    absent = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
+    assert config_from_hf(absent).sliding_window == 4096
+    windowed = dataclasses.replace(config_from_hf(LLAMA), sliding_window=6)
+    with pytest.raises(ModelError, match="'llama' has no sliding window"):
+        config_to_hf(windowed, dtype="float32", **IDS)
+
+
+def test_the_error_names_every_family():
+    with pytest.raises(ModelError) as error:
+        config_from_hf({"model_type": "t5"})
+    assert str(error.value) == (
+        "config.json: model_type 't5' is not supported; supported are 'llama' (Llama 2 and 3, "
+        "SmolLM2), 'mistral' and 'gpt2'."
+    )
 
 
 @pytest.mark.parametrize(

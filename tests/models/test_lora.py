@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from align_jax.models.dimensions import parameter_dimensions
 from align_jax.models.frozen import combine, partition
 from align_jax.models.heads import ScalarModel
 from align_jax.models.interchange import load_model, load_tokenizer, save_model
 from align_jax.models.lora import add_adapters, merge_adapters, without_adapters
-from align_jax.models.transformer import Transformer, parameter_dimensions
+from align_jax.models.transformer import Transformer
 
 FAMILIES = ("tiny", "tiny:gpt2")
 RANK, ALPHA = 3, 7.5

@@ -8,8 +8,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from align_jax.distributed.mesh import make_mesh
 from align_jax.distributed.partitioning import MESH_AXES, RULES, partition_spec
+from align_jax.models.dimensions import PARAMETER_DIMENSIONS, parameter_dimensions
 from align_jax.models.interchange import load_model
-from align_jax.models.transformer import PARAMETER_DIMENSIONS, parameter_dimensions
 from tests.devices import run_on_devices
 
 HERE = pathlib.Path(__file__).parent

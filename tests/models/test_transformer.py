@@ -1,6 +1,7 @@
 """The transformer against brute force: who sees whom, positions, blocks, groups, remat, heads."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import pytest
 
 from align_jax.models import attention as attention_module
 from align_jax.models.attention import attention, visible
-from align_jax.models.heads import ScalarHead, ScalarModel
+from align_jax.models.heads import ScalarHead, ScalarModel, without_unembedding
 from align_jax.models.interchange import load_model
 from align_jax.models.transformer import Transformer, segment_positions
 
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 TOLERANCE = 1e-5
 
 
@@ -206,3 +208,13 @@ def test_value_head_starts_at_zero():
     values = model(np.stack(tokens_of(6, 6)))
     assert values.shape == (2, 6) and values.dtype == jnp.float32
     assert not np.asarray(values).any()
+
+
+def test_an_untied_projection_to_the_vocabulary_is_left_out():
+    transformer = load_model(GOLDENS / "llama_untied")
+    tokens = np.random.default_rng(0).integers(0, 90, (2, 11)).astype(np.int32)
+    bare = without_unembedding(transformer)
+    assert bare.unembedding is None and transformer.unembedding is not None
+    np.testing.assert_array_equal(bare(tokens), transformer(tokens))
+    assert without_unembedding(bare) is bare
+    assert len(jax.tree.leaves(bare)) == len(jax.tree.leaves(transformer)) - 1

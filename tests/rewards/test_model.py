@@ -9,10 +9,10 @@ import pytest
 
 from align_jax.data.builtin import load_builtin
 from align_jax.errors import ModelError
-from align_jax.models.heads import RewardScale, ScalarModel
-from align_jax.models.interchange import load_model, load_tokenizer, save_reward_model
+from align_jax.models.heads import ScalarModel
+from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.rewards.base import checked_scores, scores_and_components
-from align_jax.rewards.model import RewardModel
+from align_jax.rewards.model import RewardModel, RewardScale, save_reward_model
 
 SCALE = RewardScale(gain=1.7, bias=-0.3)
 

@@ -1,6 +1,7 @@
 """Rounds of generating, comparing, refitting and continuing; stopped anywhere; moved."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -8,17 +9,18 @@ import signal
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from align_jax import files
-from align_jax.algorithms import online_preferences, policy_gradient, reward_model
-from align_jax.algorithms.online_preferences import rank_by_wins
+from align_jax.algorithms import policy_gradient, reward_model, settings_of
 from align_jax.config import load_config
 from align_jax.data.sources import load_records
 from align_jax.errors import DataError, RewardError, RunError
 from align_jax.generation import rollout as rollouts
 from align_jax.losses.policy_gradient import adaptive_kl_update
-from align_jax.models.interchange import load_reward_model, load_tokenizer
+from align_jax.models.interchange import load_tokenizer
+from align_jax.recipes import online_preferences
+from align_jax.recipes.online_preferences import rank_by_wins
+from align_jax.rewards.model import load_reward_model
 from align_jax.rewards.people import WaitingForLabels
 from align_jax.training import metrics, pretrained
 from align_jax.training.phases import Phases
@@ -57,6 +59,7 @@ def whole(tmp_path_factory):
     """The config of two rounds and the workdir of their uninterrupted run."""
     items = [f"--config.{key}={value}" for key, value in INTERRUPTED.items()]
     config = load_config(f"{EXPERIMENTS / 'ziegler2019_sentiment'}.py:scale=tiny", items)
+    config = settings_of(config)
     folder = tmp_path_factory.mktemp("rounds") / "whole"
     assert list(online_preferences.run(config, Workdir(folder, config))) == RUNS
     return config, folder
@@ -221,14 +224,18 @@ def test_rounds_that_were_moved_go_on_and_are_read(whole, tmp_path, monkeypatch)
 
 
 def config_at(folder):
-    return ConfigDict(read_config(folder))
+    return settings_of(read_config(folder))
 
 
 def test_people_label_through_files(tiny_config, tmp_path, monkeypatch):
     overrides = {"samples": 2, "prompts": 4, "rounds": 1, "result": "round_0/policy"}
-    config = tiny_config("ziegler2019_sentiment", SMALL | overrides | {"comparer.kind": "people"})
-    config.reward_model.data.update(source="builtin:tiny_chat_preferences", limit=3)
-    config.reward_model.data.batch_size = 1
+    overrides |= {
+        "comparer.kind": "people",
+        "reward_model.data.source": "builtin:tiny_chat_preferences",
+        "reward_model.data.limit": 3,
+        "reward_model.data.batch_size": 1,
+    }
+    config = tiny_config("ziegler2019_sentiment", SMALL | overrides)
     with pytest.raises(WaitingForLabels, match="labels.jsonl"):
         online_preferences.run(config, Workdir(tmp_path / "run", config))
     folder = tmp_path / "run/round_0/labels"
@@ -276,7 +283,9 @@ def test_the_command_line_chooses_who_compares(name, key, scale):
         items = {"kind": kind} | more
         items = [f"--config.{key}comparer.{field}={value}" for field, value in items.items()]
         config = load_config(f"{EXPERIMENTS / name}.py:scale={scale}", items)
-        online_preferences.check(config.online if key else config)
+        settings = settings_of(config)
+        comparer = (settings.stages["online"] if key else settings).comparer
+        assert comparer["kind"] == kind
 
 
 def compare(config, texts, tmp_path):
@@ -307,8 +316,8 @@ def test_equal_texts_share_a_rank_and_nobody_is_asked_about_them(
 
 def test_an_oracle_may_count_the_policys_tokens(tiny_config, tmp_path):
     config = tiny_config("ziegler2019_sentiment", {"samples": 3})
-    with config.ignore_type():
-        config.comparer.reward = ConfigDict({"kind": "length_target", "target": 2})
+    reward = {"kind": "length_target", "target": 2}
+    config = dataclasses.replace(config, comparer={"kind": "oracle", "reward": reward})
     texts = ["a", "of the people", "so"]
     tokenizer = load_tokenizer("tiny")
     gaps = [-abs(len(tokenizer(text, add_special_tokens=False).input_ids) - 2) for text in texts]
@@ -370,15 +379,14 @@ def test_ranks_count_who_won_more():
     ],
 )
 def test_a_wrong_config_is_refused(tiny_config, tmp_path, monkeypatch, overrides, message):
-    config = tiny_config("ziegler2019_sentiment", overrides)
     monkeypatch.setattr(rollouts, "generate", pytest.fail)
     with pytest.raises((RunError, RewardError, DataError), match=message):
+        config = tiny_config("ziegler2019_sentiment", overrides)
         online_preferences.run(config, Workdir(tmp_path / "run", config))
 
 
 def test_a_key_that_no_kind_has_is_refused(tiny_config):
     config = tiny_config("ziegler2019_sentiment", {})
-    with config.unlocked():
-        config.comparer.temprature = 1.0
+    comparer = {**config.comparer, "temprature": 1.0}
     with pytest.raises(RewardError, match="has no key 'temprature'. Did you mean 'temperature'"):
-        online_preferences.check(config)
+        dataclasses.replace(config, comparer=comparer)

@@ -25,14 +25,13 @@ each round: what `reward_model.held_out` keeps is a fair share of all rounds. Th
 two runs come from `config.seed`.
 """
 
-import itertools
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from align_jax.algorithms import (
     Source,
@@ -45,43 +44,73 @@ from align_jax.algorithms import (
 from align_jax.data.loader import permutation
 from align_jax.data.sources import load_as_configured
 from align_jax.errors import RunError
-from align_jax.evaluation.policies import draw_samples
 from align_jax.files import write_file
-from align_jax.rewards.base import Comparer, checked_probabilities
+from align_jax.rewards.base import Comparer
 from align_jax.rewards.configured import check_comparer, make_comparer
+from align_jax.settings import Described, Settings
 from align_jax.training import pretrained
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.phases import Phases
+from align_jax.training.sampling import comparisons_won, draw_samples
 from align_jax.training.workdir import Workdir
 
 # Fields that every comparer's config has, for the command line to change, and whose they are.
 _KIND_OF_FIELD = {"reward": "oracle", "model": "judge"}
 
 
-def make_online_config(
-    *, reward_model: ConfigDict, policy: ConfigDict, rounds: int, prompts: int, samples: int
-) -> ConfigDict:
-    """The config of `rounds` rounds of these two runs; the last round's policy is the result."""
-    return ConfigDict(
-        {
-            "algorithm": "online_preferences",
-            "result": f"round_{rounds - 1}/policy",
-            "seed": 0,
-            "rounds": rounds,
-            "prompts": prompts,  # of a round
-            "samples": samples,  # of each prompt, all compared with each other
-            # See docs/rewards.md; `reward` is read by the kind `oracle` only, `model` by `judge`;
-            # other keys in a config file.
-            "comparer": {"kind": "oracle", "reward": "vader", "model": ""},
-            "reward_model": reward_model,
-            "policy": policy,
-        }
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """The settings of rounds of two runs; the last round's policy is the result."""
+
+    seed: int = 0  # the seeds of each round's runs come from it
+    rounds: int = 1
+    prompts: int = 64  # of a round
+    samples: int = 2  # of each prompt, all compared with each other
+    # See docs/rewards.md; `reward` is read by the kind `oracle` only, `model` by `judge`; other
+    # keys in a config file.
+    comparer: Described = dataclasses.field(
+        default_factory=lambda: {"kind": "oracle", "reward": "vader", "model": ""}
     )
+    reward_model: reward_model.Config = reward_model.Config(loss="all_pairs")
+    policy: policy_gradient.Config = policy_gradient.Config()
+    result: str = ""  # where the outcome lies; "" is filled in
+    algorithm: str = "online_preferences"
+
+    def __post_init__(self):
+        for name, part in (("reward_model", reward_model), ("policy", policy_gradient)):
+            if not isinstance(getattr(self, name), Settings):
+                with errors_in(name):
+                    settings = part.Config.from_dict(getattr(self, name))
+                object.__setattr__(self, name, settings)
+        super().__post_init__()
+        self.at_least(0, "seed")
+        self.at_least(1, "rounds", "prompts")
+        self.at_least(2, "samples")
+        if comparisons_kind(self.reward_model) != "ranked":
+            raise RunError(
+                f"config.reward_model.loss is {self.reward_model.loss!r}, but the rounds make "
+                "rankings: expected best_of_k, all_pairs (for two samples the same as pairwise) or "
+                "plackett_luce."
+            )
+        result = f"round_{self.rounds - 1}/policy"
+        if self.result not in ("", result):
+            raise RunError(
+                f"config.result is {self.result!r}; with config.rounds = {self.rounds} it is "
+                f"{result}."
+            )
+        object.__setattr__(self, "result", result)
+        check_comparer(_comparer_config(self))
+        for name in ("reward_model", "policy"):
+            seed = getattr(self, name).seed
+            if seed != 0:
+                raise RunError(
+                    f"config.{name}.seed is {seed}, but each round's seeds come from config.seed: "
+                    "set that one, and leave this 0."
+                )
 
 
-def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+def run(config: Config, workdir: Workdir) -> dict[str, Any]:
     """Runs the rounds that are not finished; returns the summaries of each round's two runs."""
-    check(config)
     read_sources(sources(config))
     # A comparer that cannot be made stops the run before anything is sampled for it.
     _comparer(config, workdir.path)
@@ -109,7 +138,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     return summaries
 
 
-def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+def evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     """The summaries of the finished runs."""
     files = sorted(workdir.path.glob("round_*/*/finished.json"))
     return {
@@ -122,7 +151,7 @@ def rank_by_wins(wins: np.ndarray) -> list[int]:
     return [int((wins > own).sum()) for own in wins]
 
 
-def sources(config: ConfigDict) -> list[Source]:
+def sources(config: Config) -> list[Source]:
     """Where records come from, beside the comparisons, which are its own."""
     reward = config.reward_model
     return [
@@ -132,40 +161,16 @@ def sources(config: ConfigDict) -> list[Source]:
     ]
 
 
-def check(config: ConfigDict) -> None:
-    """Raises `RunError` for a config that no data and no model could make right."""
-    for name, least in (("rounds", 1), ("prompts", 1), ("samples", 2)):
-        if config[name] < least:
-            raise RunError(f"config.{name} is {config[name]}; expected at least {least}.")
-    if config.reward_model.loss == "pairwise":
-        raise RunError(
-            "config.reward_model.loss is 'pairwise', but the rounds make rankings: expected "
-            "best_of_k, all_pairs (for two samples the same as pairwise) or plackett_luce."
-        )
-    if config.result != f"round_{config.rounds - 1}/policy":
-        raise RunError(
-            f"config.result is {config.result!r}; with config.rounds = {config.rounds} it is "
-            f"round_{config.rounds - 1}/policy."
-        )
-    check_comparer(_comparer_config(config))
-    for name, algorithm in (("reward_model", reward_model), ("policy", policy_gradient)):
-        if config[name].seed != 0:
-            raise RunError(
-                f"config.{name}.seed is {config[name].seed}, but each round's seeds come from "
-                "config.seed: set that one, and leave this 0."
-            )
-        with errors_in(name):
-            algorithm.check(config[name])
-
-
-def _comparer_config(config: ConfigDict) -> dict[str, Any]:
+def _comparer_config(config: Config) -> dict[str, Any]:
     """The comparer's config without what is there for other kinds."""
-    comparer = config.comparer.to_dict()
+    comparer = config.comparer
+    if isinstance(comparer, str):
+        return {"kind": comparer}
     kind = comparer.get("kind")
     return {k: x for k, x in comparer.items() if _KIND_OF_FIELD.get(k, kind) == kind}
 
 
-def _comparer(config: ConfigDict, directory: Path) -> Comparer:
+def _comparer(config: Config, directory: Path) -> Comparer:
     return make_comparer(
         _comparer_config(config),
         directory=directory,
@@ -174,7 +179,7 @@ def _comparer(config: ConfigDict, directory: Path) -> Comparer:
     )
 
 
-def _sample(config: ConfigDict, before: str, number: int) -> list[dict[str, Any]]:
+def _sample(config: Config, before: str, number: int) -> list[dict[str, Any]]:
     """Completions of this round's prompts by the current policy."""
     policy = config.policy
     tokenizer = pretrained.load_pretrained_tokenizer(policy.model)
@@ -200,36 +205,20 @@ def _sample(config: ConfigDict, before: str, number: int) -> list[dict[str, Any]
         [examples[i].prompt for i in order],
         count=config.samples,
         sampling=policy.sampling,
-        reward=lambda records, texts: np.zeros(len(texts)),  # what they are worth is to be asked
         key=jax.random.fold_in(key, number),
         description=f"sampling, round {number}",
     )
     return [s | {"record": asked[i // config.samples]} for i, s in enumerate(samples)]
 
 
-def _compare(
-    config: ConfigDict, samples: list[dict[str, Any]], folder: Path
-) -> list[dict[str, Any]]:
+def _compare(config: Config, samples: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """A ranking of each prompt's completions."""
     groups = [samples[i : i + config.samples] for i in range(0, len(samples), config.samples)]
-    # Texts that are equal are as good as each other: nobody is asked, and each is asked about once.
-    texts = [list(dict.fromkeys(one["text"] for one in group)) for group in groups]
-    asked = [
-        (group[0]["record"], *pair)
-        for group, own in zip(groups, texts)
-        for pair in itertools.combinations(own, 2)
-    ]
     comparer = _comparer(config, folder / "labels")
-    answers = iter(checked_probabilities(comparer, *zip(*asked)) if asked else ())
+    asked = [group[0]["record"] for group in groups]
+    texts = [[one["text"] for one in group] for group in groups]
     records = []
-    for group, own in zip(groups, texts):
-        better = np.full((len(own), len(own)), 0.5)
-        for i, j in itertools.combinations(range(len(own)), 2):
-            better[i, j] = next(answers)
-            better[j, i] = 1 - better[i, j]
-        places = [own.index(one["text"]) for one in group]
-        # Against itself 0.5 too, which changes no rank; equal texts add up the same numbers.
-        wins = better[:, places].sum(1)[places]
+    for group, wins in zip(groups, comparisons_won(comparer, asked, texts)):
         records.append(
             {
                 "prompt": group[0]["prompt"],
@@ -244,7 +233,7 @@ def _completion(prompt: Any, text: str) -> Any:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def _reward_config(config: ConfigDict, folder: Path, number: int) -> ConfigDict:
+def _reward_config(config: Config, folder: Path, number: int) -> reward_model.Config:
     """This round's reward model, on every comparison so far that decides anything."""
     compared = [*_earlier_comparisons(config)]
     compared += [
@@ -268,10 +257,9 @@ def _reward_config(config: ConfigDict, folder: Path, number: int) -> ConfigDict:
     lines = "".join(json.dumps(record) + "\n" for record in records)
     if jax.process_index() == 0 and not file.exists():
         write_file(file, lines.encode("utf-8"))
-    settings = ConfigDict(config.reward_model.to_dict())
-    settings.seed = _seed(config, number, part=0)
-    settings.data.update(source=str(file), limit=0)
-    return settings
+    model = config.reward_model
+    data = dataclasses.replace(model.data, source=str(file), limit=0)
+    return dataclasses.replace(model, seed=_seed(config, number, part=0), data=data)
 
 
 def _shuffled(records: list[dict[str, Any]], *key: int) -> list[dict[str, Any]]:
@@ -286,7 +274,7 @@ def _shuffled(records: list[dict[str, Any]], *key: int) -> list[dict[str, Any]]:
     return [record for place in permutation(len(groups), *key) for record in groups[place]]
 
 
-def _earlier_comparisons(config: ConfigDict) -> list[dict[str, Any]]:
+def _earlier_comparisons(config: Config) -> list[dict[str, Any]]:
     """Rankings of two: the pairs there were before the first round."""
     data = config.reward_model.data
     if not data.source:
@@ -302,15 +290,20 @@ def _earlier_comparisons(config: ConfigDict) -> list[dict[str, Any]]:
     ]
 
 
-def _policy_config(config: ConfigDict, folder: Path, before: str, number: int) -> ConfigDict:
+def _policy_config(
+    config: Config, folder: Path, before: str, number: int
+) -> policy_gradient.Config:
     """This round's policy: from the last round's, against this round's reward model."""
-    settings = ConfigDict(config.policy.to_dict())
-    # Assigned, since an update would keep what else the config's own reward has.
-    settings.reward = ConfigDict({"kind": "model", "path": str(folder / "reward")})
-    settings.update(init=before, seed=_seed(config, number, part=1))
-    if number and config.policy.kl.target > 0:
-        settings.kl.coefficient = _last_kl_coefficient(Path(before))
-    return settings
+    policy = dataclasses.replace(
+        config.policy,
+        reward={"kind": "model", "path": str(folder / "reward")},
+        init=before,
+        seed=_seed(config, number, part=1),
+    )
+    if number and policy.kl.target > 0:
+        kl = dataclasses.replace(policy.kl, coefficient=_last_kl_coefficient(Path(before)))
+        policy = dataclasses.replace(policy, kl=kl)
+    return policy
 
 
 def _last_kl_coefficient(policy: Path) -> float:
@@ -322,6 +315,6 @@ def _last_kl_coefficient(policy: Path) -> float:
         checkpointer.close()
 
 
-def _seed(config: ConfigDict, number: int, *, part: int) -> int:
+def _seed(config: Config, number: int, *, part: int) -> int:
     """One of its own for each round's reward model (part 0) and policy (part 1)."""
     return 2 * (config.seed * config.rounds + number) + part

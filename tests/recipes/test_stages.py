@@ -7,23 +7,26 @@ import numpy as np
 import pytest
 
 from align_jax import main
-from align_jax.algorithms import policy_gradient, reward_model, sft, stages
+from align_jax.algorithms import policy_gradient, reward_model, settings_of, sft
+from align_jax.config import load_config
 from align_jax.errors import RunError
-from align_jax.models.interchange import load_reward_model
+from align_jax.recipes import stages
+from align_jax.rewards.model import load_reward_model
 from align_jax.training import metrics, pretrained
 from align_jax.training.signals import Interrupted
 from align_jax.training.workdir import Workdir, read_config
 from align_jax.trees import flatten
+from tests.conftest import EXPERIMENTS
 
 
 def test_the_stages_build_on_each_other_and_are_not_run_again(
     tiny_config, tmp_path, monkeypatch, capsys
 ):
-    config = tiny_config("instructgpt", {})
     demonstrations = tmp_path / "demonstrations.jsonl"
     rows = [{"prompt": "1 2 3", "completion": f" 4 5 {i}"} for i in range(8)]
     demonstrations.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config.sft.data.source = str(demonstrations)
+    given = {"sft.data.source": str(demonstrations)}
+    config = tiny_config("instructgpt", given)
     runs = []
     for module in (sft, reward_model, policy_gradient):
 
@@ -38,8 +41,9 @@ def test_the_stages_build_on_each_other_and_are_not_run_again(
             stages.run(config, Workdir(tmp_path / "run", config))
     assert runs == ["sft", "reward"]
     with pytest.raises(RunError, match=r"another experiment: config\.reward\.seed is"):
-        Workdir(tmp_path / "run", tiny_config("instructgpt", {"reward.seed": 5}))
-    config.ppo.kl.coefficient = 0.03  # of a stage that has not begun: may still be corrected
+        Workdir(tmp_path / "run", tiny_config("instructgpt", given | {"reward.seed": 5}))
+    # A stage that has not begun may still be corrected.
+    config = tiny_config("instructgpt", given | {"ppo.kl.coefficient": 0.03})
     demonstrations.unlink()  # which no stage that is still to run reads
     summary = stages.run(config, Workdir(tmp_path / "run", config))
     assert runs == ["sft", "reward", "ppo"]
@@ -47,9 +51,10 @@ def test_the_stages_build_on_each_other_and_are_not_run_again(
     assert summary["ppo"]["train"]["objective/kl_coefficient"] == pytest.approx(0.03)
     assert stages.evaluate(config, Workdir(tmp_path / "run", config)) == summary
 
-    mesh = pretrained.open_mesh(config.sft)
+    first = config.stages["sft"]
+    mesh = pretrained.open_mesh(first)
     start, result = (
-        flatten(pretrained.load_pretrained(config.sft, tmp_path / "run" / name, mesh))
+        flatten(pretrained.load_pretrained(first, tmp_path / "run" / name, mesh))
         for name in ("sft", "")
     )
     # The reference is the first stage's model: at the first update the KL to it is 0.
@@ -67,7 +72,7 @@ def test_the_stages_build_on_each_other_and_are_not_run_again(
     assert main.main(["evaluate", f"--workdir={workdir}"]) == 0
     assert json.loads(capsys.readouterr().out) == summary
     assert main.main(["export", f"--workdir={workdir}", f"--to={tmp_path / 'out'}"]) == 0
-    exported = flatten(pretrained.load_pretrained(config.sft, tmp_path / "out", mesh))
+    exported = flatten(pretrained.load_pretrained(first, tmp_path / "out", mesh))
     for name in exported:
         np.testing.assert_array_equal(exported[name], result[name], err_msg=name)
 
@@ -76,7 +81,7 @@ def test_stages_can_be_moved(tiny_config, tmp_path, monkeypatch, capsys):
     short = {"num_steps": 2, "checkpoint_every": 1, "data.limit": 8}
     one = tiny_config("sft", short)
     two = tiny_config("sft", short | {"model": "stage:one", "lora.rank": 2})
-    config = stages.make_stages_config(one=one, two=two)
+    config = stages.Config.of(one=one, two=two)
     write = metrics.MetricWriter.write
     with monkeypatch.context() as patch:
 
@@ -132,16 +137,13 @@ def test_a_wrong_order_is_refused_before_the_first_stage(
     tiny_config, tmp_path, monkeypatch, change, message
 ):
     monkeypatch.setattr(sft, "run", pytest.fail)
-    config = tiny_config("instructgpt", {})
+    config = load_config(f"{EXPERIMENTS / 'instructgpt'}.py:scale=tiny")
     change(config)
     with pytest.raises(RunError, match=message):
-        stages.run(config, Workdir(tmp_path / "run", config))
+        settings = settings_of(config)
+        stages.run(settings, Workdir(tmp_path / "run", settings))
 
 
-def test_a_wrong_comparer_of_a_later_stage_is_refused_before_the_first(
-    tiny_config, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(reward_model, "run", pytest.fail)
-    config = tiny_config("hh_rlhf", {"online.comparer.kind": "poeple"})
+def test_a_wrong_comparer_of_a_later_stage_is_refused_before_the_first(tiny_config):
     with pytest.raises(RunError, match="in config.online: config.comparer: there is no kind"):
-        stages.run(config, Workdir(tmp_path / "run", config))
+        tiny_config("hh_rlhf", {"online.comparer.kind": "poeple"})

@@ -1,0 +1,1 @@
+"""Runs made of runs: stages one after the other, and rounds of generating, comparing, refitting."""
