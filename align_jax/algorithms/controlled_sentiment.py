@@ -61,7 +61,8 @@ class Config(preference.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        self.one_of(sorted(RULES), "reward")
+        if self.reward not in RULES:
+            raise RunError(f"config.reward is {self.reward!r}; expected one of {sorted(RULES)}.")
         if preference.LOSSES[self.loss].labelled or self.loss == "ld_dpo":
             raise RunError(f"config.loss = {self.loss!r} needs other examples than sampled pairs.")
         if self.sampling.temperature != 1.0:

@@ -171,26 +171,26 @@ def run(config: Config, workdir: Workdir) -> dict[str, Any]:
     """Draws and scores what has not been drawn; returns the summary of the scores."""
     if not config.data.source:
         raise RunError("config.data.source is empty: name the prompts to be completed.")
-    phases = Phases(workdir.path)
-    if not phases.done(PHASE):
+
+    def prepare():
         tokenizer = pretrained.load_pretrained_tokenizer(config.model)
         mesh = pretrained.open_mesh(config)
         settings = {"tokenizer": tokenizer, "mesh": mesh}
         reward = make_reward(config.reward, **settings) if config.reward else None
-        labels = workdir.path / "labels"
         comparer = None
         if config.comparer:
+            labels = workdir.path / "labels"
             comparer = make_comparer(config.comparer, directory=labels, **settings)
-        drawing = _Drawing(
-            tokenizer, config.data.source, config.data, config.sampling, reward, comparer
-        )
-        # Not loaded where every chunk is there already and only labels were waited for.
+        source, data, sampling = config.data.source, config.data, config.sampling
+        drawing = _Drawing(tokenizer, source, data, sampling, reward, comparer)
+        # Not loaded where every chunk is there and only labels were waited for.
         model = functools.cache(lambda: pretrained.load_pretrained(config, config.model, mesh))
         chunks = [
             lambda i=i: drawing.chunk(i, model(), mesh, config.seed) for i in range(drawing.chunks)
         ]
-        phases.run_in_chunks(PHASE, chunks, drawing.scored)
-    samples = phases.read(PHASE)
+        return chunks, drawing.scored
+
+    samples = Phases(workdir.path).run_in_chunks(PHASE, prepare)
     print(f"Samples: {workdir.path / 'samples' / PHASE}.jsonl")
     return _summary(samples)
 

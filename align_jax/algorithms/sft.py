@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from align_jax.algorithms import Source
+from align_jax.algorithms import Source, read_sources
 from align_jax.data.batching import check_lengths
 from align_jax.data.dataset import Records, examples_of
 from align_jax.errors import RunError
@@ -108,6 +108,7 @@ def run(config: Config, workdir: Workdir) -> dict[str, Any]:
     tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     examples = examples_of(config.data.source, tokenizer, config.data, kind=KIND)
     held_out = examples_of(config.data.eval_source, tokenizer, config.data, kind=KIND)
+    read_sources(evaluators.sources_of(config, kind=KIND))
     mesh = pretrained.open_mesh(config)
     model = pretrained.load_pretrained(config, config.model, mesh)
     result = train(

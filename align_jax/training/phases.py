@@ -11,6 +11,7 @@ from align_jax.errors import RunError
 from align_jax.files import write_file, write_json
 
 Record = dict[str, Any]
+Chunk = Callable[[], list[Record]]
 
 
 class Phases:
@@ -37,17 +38,17 @@ class Phases:
     def run_in_chunks(
         self,
         name: str,
-        chunks: Sequence[Callable[[], list[Record]]],
-        finish: Callable[[list[Record]], list[Record]],
+        prepare: Callable[[], tuple[Sequence[Chunk], Callable[[list[Record]], list[Record]]]],
     ) -> list[Record]:
         """`run` of a phase that is made of chunks: a kill loses the one it comes in.
 
         Args:
-          chunks: each makes its part of the records; one whose file is there is not run again.
-          finish: gets the records of all chunks and returns those of the phase.
+          prepare: returns the chunks, each of which makes its part of the records, and what makes
+            the records of the phase of all of theirs. A chunk whose file is there is not run again.
         """
         folder = self._directory / f".{name}"
         if not self.done(name):
+            chunks, finish = prepare()
             records: list[Record] = []
             for number, chunk in enumerate(chunks):
                 file = folder / f"{number:05d}.jsonl"
