@@ -1,5 +1,6 @@
 """Sampling as a stage: its file, going on after a kill, and training on what it drew."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,10 +13,11 @@ from align_jax.errors import RewardError, RunError
 from align_jax.generation import rollout
 from align_jax.generation.rollout import Sampling
 from align_jax.models.interchange import load_model, load_tokenizer
+from align_jax.recipes import stages
 from align_jax.rewards.rules import RULES, of_completions
 from align_jax.training import phases, pretrained
 from align_jax.training import sampling as drawing
-from align_jax.training.workdir import Workdir
+from align_jax.training.workdir import Workdir, read_config
 
 LENGTH = of_completions(RULES["length"])
 RECORDS = [{"prompt": f"{i} and"} for i in range(5)]
@@ -184,3 +186,22 @@ def test_people_are_waited_for_and_nothing_is_drawn_twice(tiny_config, samples_o
     samples, summary = samples_of(config)
     assert [s["scores"]["wins"] for s in samples[:3]] == [1.0, 0.5, 0.0]
     assert summary["scores"]["wins"]["mean"] == pytest.approx(0.5)
+
+
+def test_stages_hand_samples_on_and_can_be_moved(tiny_config, tmp_path):
+    training = tiny_config("sft", {"num_steps": 1, "data.batch_size": 2, "data.source": ""})
+    source = "samples:stage:draws/samples/samples.jsonl"
+    data = dataclasses.replace(training.data, source=source)
+    config = stages.Config.of(
+        draws=tiny_config("sample", {}), best=dataclasses.replace(training, data=data)
+    )
+    workdir = Workdir(tmp_path / "whole", config)
+    summary = stages.run(config, workdir)
+    assert summary["draws"]["samples"] == 18
+    stored = json.loads((tmp_path / "whole" / "best" / "config.json").read_text())
+    assert stored["data"]["source"] == "samples:workdir:../draws/samples/samples.jsonl"
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    found = read_config(tmp_path / "moved" / "best")["data"]["source"]
+    assert found == f"samples:{tmp_path / 'moved' / 'draws' / 'samples' / 'samples.jsonl'}"
+    with pytest.raises(RunError, match="config.best refers to .*the stages before it are none"):
+        stages.Config.of(best=dataclasses.replace(training, data=data))
