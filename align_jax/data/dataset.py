@@ -70,6 +70,19 @@ class Data(Settings, key="config.data"):
 Records = Sequence[Mapping[str, Any]] | Sequence[Example] | str | os.PathLike
 
 
+def records_of(
+    records: Sequence[Mapping[str, Any]] | str | os.PathLike, data: Data, *, kind: str
+) -> list[Record]:
+    """Reads a source, or checks records from Python.
+
+    Raises:
+      DataError: a source that cannot be read, or a record that cannot be used.
+    """
+    if isinstance(records, str | os.PathLike):
+        return load_as_configured(data, records, kind=kind)
+    return [parse_record(one, kind=kind, where=f"records[{i}]") for i, one in enumerate(records)]
+
+
 def load_source(
     data: Data, source: str | os.PathLike, *, kind: str
 ) -> list[Record] | list[Example]:
@@ -101,14 +114,13 @@ def examples_of(records: Records, tokenizer: Any, data: Data, *, kind: str) -> l
     if isinstance(records, str | os.PathLike):
         if not records:
             return []
-        records = load_source(data, records, kind=kind)
-        if not isinstance(records[0], Example):
-            return tokenised(data, records, tokenizer, kind=kind)
-    records = list(records)
-    if all(isinstance(one, Example) for one in records):
-        return records
-    parsed = [parse_record(one, kind=kind, where=f"records[{i}]") for i, one in enumerate(records)]
-    return tokenised(data, parsed, tokenizer, kind=kind)
+        if os.fspath(records).startswith(PREFIX):
+            return load_source(data, records, kind=kind)
+    else:
+        records = list(records)
+        if all(isinstance(one, Example) for one in records):
+            return records
+    return tokenised(data, records_of(records, data, kind=kind), tokenizer, kind=kind)
 
 
 def tokenised(data: Data, records: Sequence[Record], tokenizer: Any, *, kind: str) -> list[Example]:
@@ -146,12 +158,7 @@ def prompts_of(
             f"config.data.max_length = {data.max_length} leaves no room for a prompt beside "
             f"config.sampling.max_new_tokens = {max_new_tokens}."
         )
-    if isinstance(records, str | os.PathLike):
-        parsed = load_as_configured(data, os.fspath(records), kind="prompt")
-    else:
-        parsed = [
-            parse_record(one, kind="prompt", where=f"records[{i}]") for i, one in enumerate(records)
-        ]
+    parsed = records_of(records, data, kind="prompt")
     examples = encode_records(
         parsed,
         tokenizer,
