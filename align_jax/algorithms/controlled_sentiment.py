@@ -63,7 +63,9 @@ class Config(preference.Config):
         super().__post_init__()
         if self.reward not in RULES:
             raise RunError(f"config.reward is {self.reward!r}; expected one of {sorted(RULES)}.")
-        if preference.LOSSES[self.loss].labelled or self.loss == "ld_dpo":
+        loss = preference.LOSSES[self.loss]
+        # Sampled pairs come with the log-probabilities of whole responses, and nothing else.
+        if loss.labelled or any(preference.PROVIDERS[name].prepare for name in loss.reads):
             raise RunError(f"config.loss = {self.loss!r} needs other examples than sampled pairs.")
         if self.sampling.temperature != 1.0:
             # The sampler's log-probabilities are the reference's, and the trainer's are at 1.
@@ -118,9 +120,7 @@ def run(config: Config, workdir: Workdir) -> dict[str, Any]:
         model = base()
         base.cache_clear()  # the trainer consumes the arrays
         settings = {"workdir": workdir, "mesh": mesh, "donate": True}
-        preference.train(
-            model, tokenizer, examples, config, reference_log_probs=reference, **settings
-        )
+        preference.train(model, tokenizer, examples, config, reference=reference, **settings)
         return [{"pairs": len(examples)}]
 
     pairs = phases.run("train", train)[0]["pairs"]

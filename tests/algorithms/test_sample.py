@@ -134,7 +134,7 @@ def test_later_stages_train_on_the_tokens_that_were_drawn(
     examples, reference = pairs_from_samples(samples)
     settings = preference.Config(num_steps=1, data=data)
     own = preference.train(model, tokenizer, source, settings)
-    given = preference.train(model, tokenizer, examples, settings, reference_log_probs=reference)
+    given = preference.train(model, tokenizer, examples, settings, reference=reference)
     assert given.metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert given.metrics[0]["loss"] == pytest.approx(own.metrics[0]["loss"], abs=1e-4)
 

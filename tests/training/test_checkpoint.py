@@ -12,15 +12,13 @@ from align_jax.errors import RunError
 from align_jax.models.interchange import load_model
 from align_jax.training import checkpoint
 from align_jax.training.checkpoint import Checkpointer, require_space
-from align_jax.training.optimizer import default_optimizer_config, make_optimizer
+from align_jax.training.optimizer import Optimizer, make_optimizer
 from align_jax.training.state import init_state
 from align_jax.trees import flatten, unflatten
 
 
 def make_state(mesh, name="tiny", step=0, seed=None):
-    state = init_state(
-        load_model(name, mesh=mesh), make_optimizer(default_optimizer_config(), 10), mesh
-    )
+    state = init_state(load_model(name, mesh=mesh), make_optimizer(Optimizer(), 10), mesh)
     if seed is not None:
         rng = np.random.default_rng(seed)
 

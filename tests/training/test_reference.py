@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from align_jax.data import dataset
+from align_jax.data.dataset import Data
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.interchange import load_model
 from align_jax.training import reference
@@ -15,7 +15,7 @@ from align_jax.training.reference import cache_directory, reference_log_probs
 
 @pytest.fixture
 def data():
-    return dataset.default_data_config(batch_size=2, length_buckets=(32,), target_buckets=(16,))
+    return Data(batch_size=2, length_buckets=(32,), target_buckets=(16,))
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_they_are_computed_once(mesh, data, examples, computed):
     first = reference_log_probs(model, mesh, examples, data)
     # Another load of the same model, batches of another size, more memory or less: the same values.
     again = load_model("tiny", remat="full")
-    data.update(batch_size=3, rows=1)
+    data = dataclasses.replace(data, batch_size=3, rows=1)
     np.testing.assert_array_equal(reference_log_probs(again, mesh, examples, data), first)
     assert len(computed) == 1
     assert [file.suffix for file in files()] == [".npy"]
