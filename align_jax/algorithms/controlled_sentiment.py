@@ -14,7 +14,7 @@ ends in a file under the run's directory, and is not run again when it is there.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -54,6 +54,9 @@ class HeldOut(Settings, key="config.evaluation"):
 class Config(preference.Config):
     """The settings of the experiment: those of `preference`, whose pairs are sampled."""
 
+    # Its own report has what is measured here.
+    offered_evaluators: ClassVar[tuple[str, ...]] = ()
+
     algorithm: str = "controlled_sentiment"
     reward: str = "vader"  # a rule of rewards/rules.py
     sampling: Sampling = Sampling(samples=4)  # of the training openings
@@ -75,7 +78,6 @@ class Config(preference.Config):
         self.at_least(1, "sampling.prompts")
         self.at_least(2, "sampling.samples")
         self.at_default("the pairs are sampled", "data.source", "data.eval_source", "data.score")
-        self.at_default("the report has what is measured here", "evaluators")
 
 
 def sources(config: Config) -> list[Source]:

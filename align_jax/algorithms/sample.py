@@ -67,7 +67,7 @@ class Config(RunConfig):
                     "config.comparer compares the samples of a prompt: config.sampling.samples is "
                     f"{self.sampling.samples}; expected at least 2."
                 )
-        self.at_default("sampling trains nothing", "lora", "evaluators", "wandb_project")
+        self.at_default("sampling trains nothing", "lora", "wandb_project")
         self.at_default("sampling trains nothing", "checkpoint_every", "data.accumulation")
         self.at_default("samples are no rows of batches", "data.rows", "data.score")
         self.at_default("config.data.source has the prompts", "data.eval_source")

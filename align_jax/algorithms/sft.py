@@ -6,7 +6,7 @@ none (Ouyang et al. 2022, arXiv:2203.02155, section 3.5); the EOS that ends a re
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -25,18 +25,19 @@ from align_jax.training.step import Batch, LossSums
 from align_jax.training.workdir import Result, Workdir
 
 KIND = "sft"
-EVALUATORS = ("loss", "samples", "win_rate", "kl")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(OfflineConfig):
     """The settings of a supervised run."""
 
+    offered_evaluators: ClassVar[tuple[str, ...]] = ("loss", "samples", "win_rate", "kl")
+
     algorithm: str = "sft"
 
     def __post_init__(self):
         super().__post_init__()
-        evaluators.parse_evaluators(self.evaluators, offered=EVALUATORS)
+        evaluators.check_evaluators(self)
 
 
 def loss_sums(model: Transformer, batch: Batch) -> LossSums:

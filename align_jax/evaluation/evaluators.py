@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from align_jax.data.batching import by_length, check_lengths
 from align_jax.data.dataset import Data, examples_of, prompts_of
 from align_jax.data.records import Record
 from align_jax.data.samples import Sample, by_prompt
@@ -90,6 +91,15 @@ class Evaluator(Settings, key="config.evaluators"):
         raise NotImplementedError
 
 
+def _examples(source: str, tokenizer: Any, data: Data, limit: int, kind: str) -> list[Example]:
+    """Held-out examples that fit the buckets, in their order and in that of scoring."""
+    data = dataclasses.replace(data, eval_source=source, limit=limit)
+    examples = examples_of(source, tokenizer, data, kind=kind)
+    check_lengths(data, examples, range(len(examples)))
+    check_lengths(data, examples, by_length(examples))
+    return examples
+
+
 @dataclasses.dataclass(frozen=True)
 class HeldOutLoss(Evaluator):
     """The loss of the algorithm and its metrics."""
@@ -98,8 +108,7 @@ class HeldOutLoss(Evaluator):
     limit: int = 0  # records to read; 0 reads all
 
     def load(self, tokenizer: Any, data: Data, kind: str) -> list[Example]:
-        data = dataclasses.replace(data, eval_source=self.source, limit=self.limit)
-        return examples_of(self.source, tokenizer, data, kind=kind)
+        return _examples(self.source, tokenizer, data, self.limit, kind)
 
     def measure(self, held_out: Any, context: "Context", samples: "SharedSamples") -> Rows:
         return {"trained": context.loss(held_out)}
@@ -115,8 +124,7 @@ class Calibration(Evaluator):
     limit: int = 0  # pairs to read; 0 reads all
 
     def load(self, tokenizer: Any, data: Data, kind: str) -> list[Example]:
-        data = dataclasses.replace(data, eval_source=self.source, limit=self.limit)
-        return examples_of(self.source, tokenizer, data, kind="preference")
+        return _examples(self.source, tokenizer, data, self.limit, self.records)
 
     def measure(self, held_out: Any, context: "Context", samples: "SharedSamples") -> Rows:
         chosen, rejected = context.pair_rewards(held_out)
@@ -265,6 +273,11 @@ def parse_evaluators(
 @functools.cache
 def _keyed(cls: type[Evaluator], key: str) -> type[Evaluator]:
     return type(cls.__name__, (cls,), {"__module__": cls.__module__}, key=key)
+
+
+def check_evaluators(config: OfflineConfig) -> None:
+    """`parse_evaluators` of a config, for the checks of its class; it keeps nothing."""
+    parse_evaluators(config.evaluators, offered=config.offered_evaluators)
 
 
 def needs_base(config: OfflineConfig) -> bool:

@@ -167,7 +167,7 @@ def _heading(field: str) -> str:
 def _cell(key: str, row: Mapping, field: str, signs: tuple[str, str]) -> str:
     """What a policy has of a field, with its interval; `signs` are plus-minus and at-most."""
     plus_minus, at_most = signs
-    pattern = _column(field).pattern
+    pattern = "{}" if isinstance(row[field], int) else _column(field).pattern
     cell = _number(row[field], pattern)
     if field == "kl" and key == "best_of_4":
         return f"{at_most} {cell}"

@@ -5,7 +5,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
@@ -46,7 +46,12 @@ class Lora(Settings, key="config.lora"):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Settings):
-    """What every training run sets beside its algorithm's own fields."""
+    """What every training run sets beside its algorithm's own fields.
+
+    `offered_evaluators` of a subclass are the kinds that its `evaluators` may have.
+    """
+
+    offered_evaluators: ClassVar[tuple[str, ...]] = ()
 
     seed: int = 0
     model: str = "smollm2"
@@ -66,6 +71,8 @@ class RunConfig(Settings):
         self.one_of(("none", "linear", "full"), "remat")
         self.at_least(0, "seed")
         self.at_least(1, "checkpoint_every")
+        if not self.offered_evaluators:
+            self.at_default("this algorithm has no evaluators", "evaluators")
 
 
 def open_mesh(config: RunConfig) -> Mesh:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from align_jax import main as command_line
-from align_jax.algorithms import sft
+from align_jax.algorithms import preference, sample, sft
 from align_jax.data.dataset import Data
 from align_jax.data.samples import read_samples
 from align_jax.errors import DataError, RewardError, RunError
@@ -16,7 +16,7 @@ from align_jax.evaluation.evaluators import Context, parse_evaluators, run_evalu
 from align_jax.generation import rollout
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.training import pretrained
-from align_jax.training.offline import OfflineConfig
+from align_jax.training.optimizer import Optimizer
 from align_jax.training.workdir import Workdir
 
 SOURCE = "builtin:tiny_sft"
@@ -124,7 +124,7 @@ def test_a_run_without_win_rates_has_no_such_column_and_keeps_no_base(capsys, tm
 
 
 def test_calibration_is_that_of_the_rewards_of_pairs():
-    config = OfflineConfig(
+    config = preference.Config(
         evaluators=({"kind": "calibration", "source": "builtin:tiny_preferences", "limit": 6},)
     )
     tokenizer = load_tokenizer("tiny")
@@ -136,6 +136,33 @@ def test_calibration_is_that_of_the_rewards_of_pairs():
     )
     found = run_evaluators(config, context)["evaluators"]["calibration"]
     assert found["accuracy"] == pytest.approx(4.5 / 6) and found["pairs"] == 6
+
+
+def test_a_preference_runs_rewards_are_those_of_its_loss(tmp_path):
+    config = preference.Config(
+        num_steps=2,
+        model="tiny",
+        optimizer=Optimizer(learning_rate=1e-3),
+        data=Data(source="builtin:tiny_preferences", limit=8, batch_size=4, max_length=128),
+        evaluators=tuple(
+            {"kind": kind, "source": "builtin:tiny_preferences", "limit": 6}
+            for kind in ("loss", "calibration")
+        ),
+    )
+    found = preference.run(config, Workdir(tmp_path, config))["evaluators"]
+    assert found["calibration"]["accuracy"] == pytest.approx(found["loss"]["rewards/accuracies"])
+    assert found["calibration"]["nll"] == pytest.approx(found["loss"]["loss"], abs=1e-5)
+    rewards = found["calibration"]["rewards"]
+    assert rewards["chosen"]["mean"] == pytest.approx(found["loss"]["rewards/chosen"], abs=1e-5)
+    again = preference.evaluate(config, Workdir(tmp_path, config))["evaluators"]
+    assert again["loss"]["loss"] == pytest.approx(found["loss"]["loss"], rel=1e-5)
+    with pytest.raises(RunError, match="config.loss = 'kto' has no pairs for 'calibration'"):
+        preference.Config(loss="kto", evaluators=config.evaluators)
+
+
+def test_an_algorithm_that_offers_none_refuses_them():
+    with pytest.raises(RunError, match="config.evaluators is .* this algorithm has no evaluators"):
+        sample.Config(evaluators=({"kind": "loss", "source": SOURCE},))
 
 
 def test_a_base_that_training_consumes_cannot_be_compared_with():
