@@ -12,8 +12,8 @@ and train on the best (or, with preference.py, on the best against the worst) of
 
 `scale=tiny` takes seconds: random weights and a length reward. `scale=small`, the default, draws 4
 completions of 24 tokens for each of 64 openings of film reviews from SmolLM2, scored with VADER: a
-minute on 2 cores. `scale=paper` draws as many as Touvron et al. 2023 (arXiv:2307.09288, section
-3.2.3) do for rejection sampling at their largest K; it has not been run.
+minute on 2 cores shared with others. `scale=paper` draws 100 completions a prompt, as many as
+figure 7 of Touvron et al. 2023 (arXiv:2307.09288) goes up to; it has not been run.
 """
 
 from ml_collections import ConfigDict
