@@ -420,10 +420,8 @@ class SharedSamples:
         place = evaluator.source, evaluator.sampling
         if (place, policy) not in self._drawn:
             number = list(self._data).index(place)
-            name, draw = f"evaluators_{number}_{policy}", lambda: self._draw(place, policy, number)
-            directory = self._context.directory
-            self._drawn[place, policy] = (
-                draw() if directory is None else Phases(directory).run(name, draw)
+            self._drawn[place, policy] = Phases(self._context.directory).run(
+                f"evaluators_{number}_{policy}", lambda: self._draw(place, policy, number)
             )
         return self._drawn[place, policy]
 

@@ -15,22 +15,33 @@ Chunk = Callable[[], list[Record]]
 
 
 class Phases:
-    """Runs a phase once: its records go to `samples/NAME.jsonl`, its seconds to `seconds.json`."""
+    """Runs a phase once: its records go to `samples/NAME.jsonl`, its seconds to `seconds.json`.
 
-    def __init__(self, directory: Path):
-        self._directory = directory / "samples"
-        self._seconds_file = self._directory / "seconds.json"
+    Without a directory nothing is kept, and every phase is run.
+    """
+
+    def __init__(self, directory: Path | None):
+        self._directory = directory and directory / "samples"
         self.seconds: dict[str, float] = {}
-        if self._seconds_file.exists():
+        if self._directory is not None and self._seconds_file.exists():
             self.seconds = json.loads(self._seconds_file.read_text(encoding="utf-8"))
+
+    @property
+    def _seconds_file(self) -> Path:
+        return self._directory / "seconds.json"
 
     def _file(self, name: str) -> Path:
         return self._directory / f"{name}.jsonl"
 
     def done(self, name: str) -> bool:
-        return self._file(name).exists()
+        return self._directory is not None and self._file(name).exists()
 
     def run(self, name: str, phase: Callable[[], list[Record]]) -> list[Record]:
+        if self._directory is None:
+            started = time.monotonic()
+            records = phase()
+            self.seconds[name] = time.monotonic() - started
+            return records
         if not self.done(name):
             self._write(self._file(name), phase, name)
         return self.read(name)
