@@ -128,7 +128,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _scores(file: Path, per_prompt: int) -> np.ndarray:
     lines = file.read_text(encoding="utf-8").splitlines()
-    return np.array([json.loads(line)["score"] for line in lines]).reshape(-1, per_prompt)
+    rewards = [json.loads(line)["scores"]["reward"] for line in lines]
+    return np.array(rewards).reshape(-1, per_prompt)
 
 
 def _table(rows: list[tuple], pool: np.ndarray) -> str:

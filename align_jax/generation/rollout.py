@@ -21,7 +21,7 @@ from align_jax.settings import Settings
 class Sampling(Settings, key="config.sampling"):
     """How completions are drawn; lengths are in tokens."""
 
-    prompts: int = 64  # of an iteration
+    prompts: int = 64  # of an iteration; of samples and evaluators how many, and 0 takes all
     samples: int = 1  # of each prompt
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -32,8 +32,10 @@ class Sampling(Settings, key="config.sampling"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(1, "prompts", "samples", "max_new_tokens")
-        self.at_least(0, "temperature", "batch_prompts", "batch_samples", "truncate_after")
+        self.at_least(1, "samples", "max_new_tokens")
+        self.at_least(
+            0, "prompts", "temperature", "batch_prompts", "batch_samples", "truncate_after"
+        )
         if self.truncate_after and not self.truncate_token:
             raise RunError(
                 f"config.sampling.truncate_after = {self.truncate_after} says from where on "

@@ -26,7 +26,6 @@ two runs come from `config.seed`.
 """
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,14 @@ from align_jax.data.dataset import prompts_of
 from align_jax.data.loader import permutation
 from align_jax.data.sources import load_as_configured
 from align_jax.errors import RunError
-from align_jax.evaluation.policies import draw_samples
 from align_jax.files import write_file
-from align_jax.rewards.base import Comparer, checked_probabilities
+from align_jax.rewards.base import Comparer
 from align_jax.rewards.configured import check_comparer, make_comparer
 from align_jax.settings import Described, Settings
 from align_jax.training import pretrained
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.phases import Phases
+from align_jax.training.sampling import comparisons_won, draw_samples
 from align_jax.training.workdir import Workdir
 
 # Fields that every comparer's config has, for the command line to change, and whose they are.
@@ -212,7 +211,6 @@ def _sample(config: Config, before: str, number: int) -> list[dict[str, Any]]:
         [examples[i].prompt for i in order],
         count=config.samples,
         sampling=policy.sampling,
-        reward=lambda records, texts: np.zeros(len(texts)),  # what they are worth is to be asked
         key=jax.random.fold_in(key, number),
         description=f"sampling, round {number}",
     )
@@ -222,24 +220,11 @@ def _sample(config: Config, before: str, number: int) -> list[dict[str, Any]]:
 def _compare(config: Config, samples: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """A ranking of each prompt's completions."""
     groups = [samples[i : i + config.samples] for i in range(0, len(samples), config.samples)]
-    # Texts that are equal are as good as each other: nobody is asked, and each is asked about once.
-    texts = [list(dict.fromkeys(one["text"] for one in group)) for group in groups]
-    asked = [
-        (group[0]["record"], *pair)
-        for group, own in zip(groups, texts)
-        for pair in itertools.combinations(own, 2)
-    ]
     comparer = _comparer(config, folder / "labels")
-    answers = iter(checked_probabilities(comparer, *zip(*asked)) if asked else ())
+    asked = [group[0]["record"] for group in groups]
+    texts = [[one["text"] for one in group] for group in groups]
     records = []
-    for group, own in zip(groups, texts):
-        better = np.full((len(own), len(own)), 0.5)
-        for i, j in itertools.combinations(range(len(own)), 2):
-            better[i, j] = next(answers)
-            better[j, i] = 1 - better[i, j]
-        places = [own.index(one["text"]) for one in group]
-        # Against itself 0.5 too, which changes no rank; equal texts add up the same numbers.
-        wins = better[:, places].sum(1)[places]
+    for group, wins in zip(groups, comparisons_won(comparer, asked, texts)):
         records.append(
             {
                 "prompt": group[0]["prompt"],

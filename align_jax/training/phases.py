@@ -1,8 +1,9 @@
 """Phases of a run that end in a file: a phase whose file is there is not run again."""
 
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from align_jax.errors import RunError
 from align_jax.files import write_file, write_json
 
 Record = dict[str, Any]
+Chunk = Callable[[], list[Record]]
 
 
 class Phases:
@@ -35,21 +37,56 @@ class Phases:
         return self._directory is not None and self._file(name).exists()
 
     def run(self, name: str, phase: Callable[[], list[Record]]) -> list[Record]:
-        if not self.done(name):
+        if self._directory is None:
             started = time.monotonic()
             records = phase()
             self.seconds[name] = time.monotonic() - started
-            if self._directory is None:
-                return records
-            self._directory.mkdir(exist_ok=True)
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            write_json(self._seconds_file, self.seconds)
-            write_file(self._file(name), lines.encode("utf-8"))
+            return records
+        if not self.done(name):
+            self._write(self._file(name), phase, name)
         return self.read(name)
+
+    def run_in_chunks(
+        self,
+        name: str,
+        prepare: Callable[[], tuple[Sequence[Chunk], Callable[[list[Record]], list[Record]]]],
+    ) -> list[Record]:
+        """`run` of a phase that is made of chunks: a kill loses the one it comes in.
+
+        Args:
+          prepare: returns the chunks, each of which makes its part of the records, and what makes
+            the records of the phase of all of theirs. A chunk whose file is there is not run again.
+        """
+        folder = self._directory / f".{name}"
+        if not self.done(name):
+            chunks, finish = prepare()
+            records: list[Record] = []
+            for number, chunk in enumerate(chunks):
+                file = folder / f"{number:05d}.jsonl"
+                if not file.exists():
+                    self._write(file, chunk, name)
+                records += _read(file)
+            self._write(self._file(name), lambda: finish(records), name)
+        shutil.rmtree(folder, ignore_errors=True)
+        return self.read(name)
+
+    def _write(self, file: Path, make: Callable[[], list[Record]], name: str) -> None:
+        """Writes the records that `make` returns, and first how long the phase has taken so far."""
+        started = time.monotonic()
+        records = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+        write_json(self._seconds_file, self.seconds)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_file(file, lines.encode("utf-8"))
 
     def read(self, name: str) -> list[Record]:
         file = self._file(name)
         if not self.done(name):
             raise RunError(f"{file} is not there: the run has not finished its phase {name!r}.")
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return _read(file)
+
+
+def _read(file: Path) -> list[Record]:
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]

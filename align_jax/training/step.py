@@ -38,8 +38,8 @@ class LossSums(NamedTuple):
     statistics: dict[str, Array] = {}
 
 
-# `(model, batch) -> LossSums`; with a running state `(model, batch, running) -> LossSums`. A batch is
-# a `Batch`, or a tree of arrays that the loss knows.
+# `(model, batch) -> LossSums`; with a running state `(model, batch, running) -> LossSums`. A batch
+# is a `Batch`, or a tree of arrays that the loss knows.
 LossFunction = Callable[..., LossSums]
 
 # `(running, statistics, weight) -> running`, of sums over a whole batch.

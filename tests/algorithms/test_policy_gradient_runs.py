@@ -123,7 +123,7 @@ def test_held_out_samples_may_be_judged_by_another_reward(tiny_config, tmp_path)
         samples = [json.loads(line) for line in lines]
         texts = [sample["text"] for sample in samples]
         np.testing.assert_allclose(
-            [sample["score"] for sample in samples], vader_sentiment(texts), atol=1e-6
+            [sample["scores"]["reward"] for sample in samples], vader_sentiment(texts), atol=1e-6
         )
         lengths = checked_scores(make_reward("length"), [{}] * len(texts), texts)
         trained_on = [sample["training_score"] for sample in samples]

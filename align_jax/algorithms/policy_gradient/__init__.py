@@ -162,4 +162,4 @@ def evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
         raise RunError("the run's config has no evaluation.source, so it has no held-out samples.")
     phases = Phases(workdir.path)
     base, trained = (phases.read(name) for name in ("sample_base", "sample_trained"))
-    return summarise(base, trained, config.evaluation)
+    return summarise(base, trained)

@@ -9,15 +9,11 @@ from jax.sharding import Mesh
 
 from align_jax.algorithms.policy_gradient.config import Config
 from align_jax.algorithms.policy_gradient.task import Prompts, Task
-from align_jax.evaluation.policies import (
-    Sample,
-    draw_samples,
-    summarise,
-    with_log_probs_under,
-    write_comparison,
-)
+from align_jax.data.samples import Sample
+from align_jax.evaluation.policies import summarise, write_comparison
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import checked_scores
+from align_jax.training.sampling import draw_samples, with_log_probs_under
 
 
 class HeldOutSamples(NamedTuple):
@@ -55,7 +51,6 @@ class HeldOutSamples(NamedTuple):
             reference,
             self.mesh,
             self._draw("sampling trained", policy, count, fold=1),
-            count,
             self.config.data,
             temperature=self.config.sampling.temperature,
         )
@@ -84,7 +79,7 @@ class HeldOutSamples(NamedTuple):
 
     def compare(self, base: list[Sample], trained: list[Sample]) -> dict[str, Any]:
         """What the samples of base and trained policy say about the training."""
-        summary = summarise(base, trained, self.config.evaluation)
+        summary = summarise(base, trained)
         if self.also_trained_on:
             # Beside the reward of the report: whether what was trained on is what was wanted.
             summary["training_reward"] = {
@@ -103,4 +98,4 @@ def write_report(
 ) -> None:
     """Writes `report/` in the run's directory."""
     title = f"{config.loss}/{config.advantage} on {config.data.source}: {config.model}"
-    write_comparison(directory, title, summary, base, trained, config.evaluation)
+    write_comparison(directory, title, summary, base, trained)

@@ -192,7 +192,7 @@ class Config(RunConfig):
 
     def _check_ranges(self) -> None:
         """Fields that are wrong by themselves."""
-        self.at_least(1, "num_iterations", "epochs", "minibatches")
+        self.at_least(1, "num_iterations", "epochs", "minibatches", "sampling.prompts")
         self.at_least(0, "clip_range_high", "max_approx_kl", "importance_cap", "dynamic_sampling")
         self.at_least(0, "entropy_coefficient", "value_coefficient")
         self.above(0, "clip_range", "value_clip_range")
