@@ -24,7 +24,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,9 @@ from align_jax.data.dataset import records_of, tokenised
 from align_jax.data.loader import sample_with_replacement
 from align_jax.data.records import Record
 from align_jax.data.tokenise import Example
+from align_jax.distributed.partitioning import replicated
 from align_jax.errors import RunError
+from align_jax.evaluation import evaluators
 from align_jax.evaluation.calibration import accuracy, calibrate
 from align_jax.evaluation.calibration_report import format_calibration, write_calibration_report
 from align_jax.files import write_json
@@ -58,7 +60,8 @@ from align_jax.progress import progress
 from align_jax.rewards.model import DIRECTORY, RewardModel, RewardScale, save_reward_model
 from align_jax.training import pretrained
 from align_jax.training.metrics import read_metrics
-from align_jax.training.offline import OfflineConfig, train_offline
+from align_jax.training.offline import OfflineConfig, evaluate_loss, train_offline
+from align_jax.training.scoring import score_responses
 from align_jax.training.step import Batch, LossSums
 from align_jax.training.workdir import Result, Workdir
 
@@ -70,6 +73,8 @@ SCORED_TOGETHER = 256  # held-out records, between two marks of the progress bar
 @dataclasses.dataclass(frozen=True)
 class Config(OfflineConfig):
     """The settings of a reward model's run."""
+
+    offered_evaluators: ClassVar[tuple[str, ...]] = ("loss", "calibration")
 
     algorithm: str = "reward_model"
     loss: str = "pairwise"  # a name of losses.ranking.LOSSES
@@ -89,6 +94,7 @@ class Config(OfflineConfig):
         self.one_of(LOSSES, "loss")
         self._check_fields_of_losses()
         self._check_margins()
+        evaluators.check_evaluators(self)
 
     def _check_fields_of_losses(self) -> None:
         for name in {name: None for loss in LOSSES.values() for name in _fields_read_by(loss)}:
@@ -173,12 +179,14 @@ class Inputs(NamedTuple):
       held_out: records to evaluate on.
       held_out_source: where they come from, in words.
       reference: what sets zero and unit; None without normalization.
+      measured: the held-out data of every evaluator.
     """
 
     examples: list[Example]
     held_out: list[Record]
     held_out_source: str
     reference: ReferenceTexts | None
+    measured: list[Any]
 
 
 def read_inputs(
@@ -218,6 +226,7 @@ def read_inputs(
         records_to_judge(parsed, last, loss),
         source,
         reward_normalization.reference_texts(config.normalization, config, directory, mesh),
+        evaluators.load_held_out(config, tokenizer, kind=kind_of_records(loss)),
     )
 
 
@@ -300,6 +309,7 @@ def train(
     if config.ensemble > 1:
         metrics = [[row | {"member": i} for row in rows] for i, rows in enumerate(metrics)]
     summary = _evaluated(reward, inputs.held_out, inputs.held_out_source, config, directory)
+    summary |= _measured(reward, inputs.measured, tokenizer, mesh, config, directory)
     return Result(reward, [row for rows in metrics for row in rows], summary, directory)
 
 
@@ -409,7 +419,11 @@ def sources(config: Config) -> list[Source]:
     """Where records come from."""
     data, kind = config.data, kind_of_records(config.ranking_loss)
     comparisons = [(data.source, kind, data), (data.eval_source, kind, data)]
-    return [*comparisons, *reward_normalization.sources(config.normalization, data)]
+    return [
+        *comparisons,
+        *reward_normalization.sources(config.normalization, data),
+        *evaluators.sources_of(config, kind=kind),
+    ]
 
 
 def run(config: Config, workdir: Workdir) -> dict[str, Any]:
@@ -487,6 +501,50 @@ def _evaluated(
         print(f"Report: {page}")
     # The rows of the report's curves are in its summary.json.
     return {"eval": {name: value for name, value in summary.items() if name not in _DETAILS}}
+
+
+def _measured(
+    reward: RewardModel,
+    held_out: list[Any],
+    tokenizer: Any,
+    mesh: Mesh,
+    config: Config,
+    directory: Path | None,
+) -> dict[str, Any]:
+    """What evaluators measure of a reward model; of an ensemble the mean over its members."""
+
+    def held_out_loss(examples: list[Example]) -> dict[str, float]:
+        loss = config.ranking_loss
+        examples = as_rankings(examples, loss, margins=config.margin_of_strength)
+        function = functools.partial(loss_sums, config)
+        rows = [
+            evaluate_loss(config, model, mesh, examples, function, attach=attach)
+            for model, _ in reward.members
+        ]
+        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+    def pair_rewards(examples: list[Example]) -> tuple[np.ndarray, np.ndarray]:
+        score = jax.jit(response_scores, out_shardings=replicated(mesh))
+        log_odds = [
+            score_responses(
+                functools.partial(score, model), mesh, examples, config.data, description="scoring"
+            )
+            for model, _ in reward.members
+        ]
+        chosen, rejected = reward.mean_log_odds(np.array(log_odds)).T
+        return chosen, rejected
+
+    context = evaluators.Context(
+        held_out,
+        reward,
+        tokenizer,
+        mesh,
+        loss=held_out_loss,
+        pair_rewards=pair_rewards,
+        seed=config.seed,
+        directory=directory,
+    )
+    return evaluators.run_evaluators(config, context, report="report/evaluators")
 
 
 def _member_log_odds(reward: RewardModel, records: Sequence[Record]) -> np.ndarray:

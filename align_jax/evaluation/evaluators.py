@@ -46,8 +46,8 @@ from align_jax.rewards.base import Comparer, Reward, check_records, checked_prob
 from align_jax.rewards.configured import check_comparer, check_reward, make_comparer, make_reward
 from align_jax.settings import Described, Settings, nearest
 from align_jax.training.metrics import read_metrics
-from align_jax.training.offline import OfflineConfig
 from align_jax.training.phases import Phases
+from align_jax.training.pretrained import RunConfig
 from align_jax.training.sampling import draw_samples, with_log_probs_under, with_scores
 
 # A row of the table for each policy that was measured: {"trained": {field: number}, "base": ...}.
@@ -275,17 +275,17 @@ def _keyed(cls: type[Evaluator], key: str) -> type[Evaluator]:
     return type(cls.__name__, (cls,), {"__module__": cls.__module__}, key=key)
 
 
-def check_evaluators(config: OfflineConfig) -> None:
+def check_evaluators(config: RunConfig) -> None:
     """`parse_evaluators` of a config, for the checks of its class; it keeps nothing."""
     parse_evaluators(config.evaluators, offered=config.offered_evaluators)
 
 
-def needs_base(config: OfflineConfig) -> bool:
+def needs_base(config: RunConfig) -> bool:
     """Whether an evaluator compares with the base, which training must then not consume."""
     return any(one.needs_base for one in parse_evaluators(config.evaluators))
 
 
-def load_held_out(config: OfflineConfig, tokenizer: Any, *, kind: str) -> list[Any]:
+def load_held_out(config: RunConfig, tokenizer: Any, *, kind: str) -> list[Any]:
     """The held-out data of every evaluator, read before anything is computed.
 
     Args:
@@ -297,7 +297,7 @@ def load_held_out(config: OfflineConfig, tokenizer: Any, *, kind: str) -> list[A
     return [one.load(tokenizer, config.data, kind) for one in parse_evaluators(config.evaluators)]
 
 
-def sources_of(config: OfflineConfig, *, kind: str) -> list[tuple[str, str, Data]]:
+def sources_of(config: RunConfig, *, kind: str) -> list[tuple[str, str, Data]]:
     """What evaluators read: sources, the kinds of their records, and how they are read."""
     return [
         (one.source, one.records or kind, dataclasses.replace(config.data, eval_source=one.source))
@@ -332,7 +332,7 @@ class Context:
 
 
 def run_evaluators(
-    config: OfflineConfig, context: Context, *, report: str = "report"
+    config: RunConfig, context: Context, *, report: str = "report"
 ) -> dict[str, Any]:
     """Runs `config.evaluators`, prints their table and writes the report, if there is a directory.
 
@@ -362,11 +362,13 @@ def run_evaluators(
     summary["seconds"] = seconds
     print(format_summary(summary))
     if context.directory is not None:
+        # The members of an ensemble have metrics of their own.
+        has_curves = (context.directory / "metrics.jsonl").exists()
         page = write_report(
             context.directory / report,
             title=f"{config.algorithm}: {config.model}",
             summary=summary | {"evaluators": results, "config": config.to_dict()},
-            curves=read_metrics(context.directory),
+            curves=read_metrics(context.directory) if has_curves else (),
             rewards=samples.scored,
             samples=samples.shown(),
         )
@@ -387,7 +389,7 @@ def _columns(evaluator: Evaluator, row: Mapping[str, Any]) -> dict[str, Any]:
 class SharedSamples:
     """Samples of held-out prompts by the trained model and by the base, drawn when first wanted."""
 
-    def __init__(self, config: OfflineConfig, context: Context, evaluators: Sequence[Evaluator]):
+    def __init__(self, config: RunConfig, context: Context, evaluators: Sequence[Evaluator]):
         self._config, self._context = config, context
         self._data: dict[tuple[str, Sampling], tuple[list[Record], list[Example]]] = {}
         self._kinds: dict[tuple[str, Sampling], set[str]] = {}

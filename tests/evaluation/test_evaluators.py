@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from align_jax import main as command_line
-from align_jax.algorithms import preference, sample, sft
+from align_jax.algorithms import policy_gradient, preference, reward_model, sample, sft
 from align_jax.data.dataset import Data
 from align_jax.data.samples import read_samples
+from align_jax.data.sources import load_records
 from align_jax.errors import DataError, RewardError, RunError
 from align_jax.evaluation import evaluators, statistics
 from align_jax.evaluation.evaluators import Context, parse_evaluators, run_evaluators
@@ -244,3 +245,49 @@ def test_from_the_command_line(tmp_path, capsys):
     summary = json.loads((tmp_path / "run" / "finished.json").read_text())
     assert summary["evaluators"]["loss"]["loss"] > 0
     assert command_line.main(["evaluate", f"--workdir={tmp_path / 'run'}"]) == 0
+
+
+def test_a_policy_gradient_and_a_reward_model_have_evaluators_too(tmp_path):
+    model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
+    prompts = [{"prompt": f"{i}:"} for i in range(8)]
+    config = policy_gradient.Config(
+        model="tiny",
+        loss="reinforce",
+        advantage="rloo",
+        critic="none",
+        epochs=1,
+        num_iterations=1,
+        data=Data(max_length=64),
+        sampling={"prompts": 4, "samples": 2, "max_new_tokens": 4},
+        optimizer=Optimizer(learning_rate=1e-2),
+        evaluators=tuple(one for one in ALL if one["kind"] in ("samples", "win_rate", "kl")),
+    )
+    result = policy_gradient.train(model, tokenizer, prompts, config, reward=longest)
+    found = result.summary["evaluators"]
+    assert list(found) == ["samples", "win_rate", "judged", "kl"]
+    assert 0 <= found["win_rate"]["win_rate"] <= 1 and math.isfinite(found["kl"]["kl"])
+
+    pairs = [{"prompt": f"{i}:", "chosen": " yes", "rejected": " no"} for i in range(8)]
+    calibration = {"kind": "calibration", "source": "builtin:tiny_preferences", "limit": 6}
+    loss = {"kind": "loss", "source": "builtin:tiny_preferences", "limit": 6}
+    config = reward_model.Config(
+        model="tiny",
+        num_steps=2,
+        ensemble=2,
+        data=Data(batch_size=4, max_length=128),
+        evaluators=(calibration, loss),
+    )
+    held_out = load_records("builtin:tiny_preferences", kind="preference", limit=6)
+    result = reward_model.train(
+        model, tokenizer, pairs, config, held_out=held_out, workdir=tmp_path / "run"
+    )
+    found, expected = result.summary["evaluators"], result.summary["eval"]
+    # What the run itself says of the same pairs, scored as texts.
+    for name in ("accuracy", "nll", "brier"):
+        assert found["calibration"][name] == pytest.approx(expected[name], abs=1e-5)
+    assert found["loss"]["rewards/accuracies"] >= 0
+    assert (tmp_path / "run/report/evaluators/index.html").is_file()
+
+
+def longest(records, completions):
+    return [float(len(text)) for text in completions]

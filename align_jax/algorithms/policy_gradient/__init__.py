@@ -38,6 +38,7 @@ reference log-probabilities, summed over a completion.
     comparison.py  held-out samples before and after training
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from align_jax.algorithms.policy_gradient.config import Config, HeldOut, Kl, Ptx
 from align_jax.algorithms.policy_gradient.iteration import Trainer
 from align_jax.algorithms.policy_gradient.task import PromptRecords, Task, read_task, text_data
 from align_jax.errors import RunError
+from align_jax.evaluation.evaluators import Context, run_evaluators, sources_of
 from align_jax.evaluation.policies import summarise
 from align_jax.evaluation.report import format_summary
 from align_jax.models.transformer import Transformer
@@ -125,6 +127,9 @@ def train(
         summary |= {"seconds": phases.seconds, "seed": config.seed, "config": config.to_dict()}
         if directory is not None:
             write_report(config, directory, summary, base, trained)
+    context = Context(task.measured, policy, tokenizer, mesh, reference, seed=config.seed)
+    context = dataclasses.replace(context, directory=directory)
+    summary |= run_evaluators(config, context, report="report/evaluators")
     return Result(policy, metrics, summary, directory)
 
 
@@ -140,7 +145,8 @@ def sources(config: Config) -> list[Source]:
     """Where records come from."""
     prompts = (config.data.source, config.evaluation.source)
     text = (config.ptx.source, "sft", text_data(config))
-    return [*((source, "prompt", config.data) for source in prompts), text]
+    prompts = [(source, "prompt", config.data) for source in prompts]
+    return [*prompts, text, *sources_of(config, kind="prompt")]
 
 
 def run(config: Config, workdir: Workdir) -> dict[str, Any]:
@@ -159,6 +165,9 @@ def run(config: Config, workdir: Workdir) -> dict[str, Any]:
 def evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     """The numbers of a finished run, from its samples."""
     if not config.evaluation.source:
+        finished = workdir.finished() or {}
+        if "evaluators" in finished:
+            return {"evaluators": finished["evaluators"]}
         raise RunError("the run's config has no evaluation.source, so it has no held-out samples.")
     phases = Phases(workdir.path)
     base, trained = (phases.read(name) for name in ("sample_base", "sample_trained"))

@@ -4,11 +4,13 @@ The methods as settings are the table in `algorithms/policy_gradient/__init__.py
 """
 
 import dataclasses
+from typing import ClassVar
 
 from align_jax.algorithms.online_preference import OnlineDpo
 from align_jax.algorithms.policy_gradient.methods import ADVANTAGES, LOSSES, Advantage, TokenLoss
 from align_jax.data.dataset import Data
 from align_jax.errors import RunError
+from align_jax.evaluation.evaluators import check_evaluators
 from align_jax.evaluation.policies import DISTINCT_SAMPLES
 from align_jax.generation.rollout import Sampling
 from align_jax.rewards.configured import check_reward
@@ -91,6 +93,8 @@ class Config(RunConfig):
     The defaults are PPO's as in Stiennon et al. 2020 and Huang et al. 2024 (arXiv:2403.17031).
     """
 
+    offered_evaluators: ClassVar[tuple[str, ...]] = ("samples", "win_rate", "kl")
+
     # `path` is for the kind `model`; other keys, see docs/rewards.md, in a config file.
     reward: Described = dataclasses.field(default_factory=lambda: {"kind": "vader", "path": ""})
     init: str = ""  # model the policy starts from; "": config.model, which is the reference
@@ -147,6 +151,7 @@ class Config(RunConfig):
         self._check_choices()
         self._check_unread()
         check_reward(self.reward)
+        check_evaluators(self)
 
     @property
     def policy_loss(self) -> TokenLoss | OnlineDpo:

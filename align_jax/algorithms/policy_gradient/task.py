@@ -15,6 +15,7 @@ from align_jax.data.loader import Loader
 from align_jax.data.records import Record
 from align_jax.data.tokenise import Example
 from align_jax.errors import ModelError, RunError
+from align_jax.evaluation.evaluators import load_held_out
 from align_jax.generation.rollout import stop_tokens
 from align_jax.models.locate import locate
 from align_jax.rewards.base import Reward, check_records
@@ -38,6 +39,7 @@ class Task(NamedTuple):
       reward: what is trained on.
       judge: the reward of held-out samples.
       text: batches of PPO-ptx's text, one an update; None without it.
+      measured: the held-out data of every evaluator.
     """
 
     prompts: Prompts
@@ -45,6 +47,7 @@ class Task(NamedTuple):
     reward: Reward
     judge: Reward
     text: Loader | None
+    measured: list[Any]
 
 
 # Prompts for `train`: dicts with a `prompt`, or a source that `data.sources` reads.
@@ -94,7 +97,8 @@ def read_task(
     held_out = _prompts(config, tokenizer, held_out) if held_out else Prompts([], [])
     for one in (reward, judge):
         check_records(one, held_out.records)
-    return Task(prompts, held_out, reward, judge, _read_text(config, tokenizer))
+    measured = load_held_out(config, tokenizer, kind="prompt")
+    return Task(prompts, held_out, reward, judge, _read_text(config, tokenizer), measured)
 
 
 def _prompts(config: Config, tokenizer: Any, records: PromptRecords) -> Prompts:
