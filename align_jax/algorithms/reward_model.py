@@ -346,7 +346,9 @@ def train_member(
         description = f"{config.loss} {number + 1}/{config.ensemble}"
     donate = donate and number == config.ensemble - 1
     start = without_unembedding(model)
-    transformer, mesh = pretrained.as_configured(config, start, mesh, donate=donate)
+    transformer, mesh = pretrained.as_configured(
+        config, start, mesh, donate=donate, directory=directory
+    )
     trained, metrics, _ = train_offline(
         config,
         directory,

@@ -13,16 +13,17 @@ from jax.sharding import Mesh, NamedSharding
 
 from align_jax.distributed.mesh import make_mesh, single_device_mesh
 from align_jax.distributed.partitioning import replicated
-from align_jax.errors import RunError
+from align_jax.errors import ModelError, RunError
 from align_jax.models.config import TransformerConfig
 from align_jax.models.frozen import own_trained
-from align_jax.models.loading import abstract_transformer, load_model
+from align_jax.models.loading import abstract_model, abstract_transformer, load_model
 from align_jax.models.lora import add_adapters, merge_adapters
 from align_jax.models.tokenizers import load_tokenizer
 from align_jax.models.transformer import Transformer
 from align_jax.settings import Settings
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.workdir import read_config
+from align_jax.trees import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,18 +114,43 @@ def with_adapters(config: RunConfig, model: Transformer, mesh: Mesh) -> Transfor
 
 
 def as_configured(
-    config: RunConfig, model: Transformer, mesh: Mesh | None, *, donate: bool
+    config: RunConfig,
+    model: Transformer,
+    mesh: Mesh | None,
+    *,
+    donate: bool,
+    directory: Path | None = None,
 ) -> tuple[Transformer, Mesh]:
     """A model to be trained: computing as `config` says, with its adapters, on a mesh.
 
     Args:
       mesh: where it is to lie; None keeps the model's placement.
       donate: whether training may consume the model's own arrays.
+      directory: the run's, whose config is to name the model; None if it has none.
+
+    Raises:
+      RunError: `config.model` is a model of other shapes, so the run could not be read again.
     """
     if mesh is None:
         mesh = mesh_of(model)
+    if directory is not None:
+        _check_name(config, model, mesh)
     model = with_adapters(config, as_base(config, model), mesh)
     return (model if donate else own_trained(model)), mesh
+
+
+def _check_name(config: RunConfig, model: Transformer, mesh: Mesh) -> None:
+    try:
+        named = flatten(_abstract_pretrained(config, config.model, mesh))
+    except ModelError:
+        return
+    for name, leaf in flatten(model).items():
+        if name not in named or named[name].shape != leaf.shape:
+            raise RunError(
+                f"config.model = {config.model!r} names another model than the one given ({name} "
+                "differs), so the run could not be read again: set it to the directory, hub id or "
+                "word that the model was loaded from, or train without a workdir."
+            )
 
 
 def as_base(config: RunConfig, model: Transformer) -> Transformer:
@@ -213,13 +239,22 @@ def restored_model(
             model = load_pretrained(config, start or config.model, mesh)
             model = with_adapters(config, model, mesh)
         else:
-            architecture = dataclasses.replace(
-                checkpointer.architecture(),
-                compute_dtype=config.compute_dtype,
-                remat=config.remat,
-            )
-            model = abstract_transformer(architecture, mesh)
+            try:
+                model = _abstract_pretrained(config, config.model, mesh)
+            except ModelError:  # it has gone since; the checkpoint knows its sizes
+                settings = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+                architecture = dataclasses.replace(checkpointer.architecture(), **settings)
+                model = abstract_transformer(architecture, mesh)
         return checkpointer.restore_model(model)
+
+
+def _abstract_pretrained(config: RunConfig, path: str, mesh: Mesh) -> Transformer:
+    """The shapes of `load_pretrained`."""
+    found = run_at(path)
+    if found is not None:
+        return _abstract_pretrained(config, found.config.model, mesh)
+    settings = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    return abstract_model(path, mesh=mesh, **settings)
 
 
 def restored_running(
