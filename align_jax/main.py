@@ -128,9 +128,10 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
     from align_jax.data.tokenise import encode_record
     from align_jax.errors import RunError
     from align_jax.generation import generate
-    from align_jax.models.tokenizers import decode_completions
+    from align_jax.models.tokenizers import check_vocabulary, decode_completions
 
     model, tokenizer = _open(arguments.model)
+    check_vocabulary(tokenizer, model.config, arguments.model)
     prompt: Any = arguments.prompt
     if tokenizer.chat_template and not arguments.raw:
         prompt = [{"role": "user", "content": prompt}]

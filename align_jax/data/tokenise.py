@@ -21,7 +21,12 @@ import numpy as np
 from align_jax.data.records import HUMAN, Messages, Record
 from align_jax.data.templates import ChatTemplate
 from align_jax.errors import DataError
-from align_jax.models.tokenizers import encode_texts, restart_pattern, special_pattern
+from align_jax.models.tokenizers import (
+    encode_texts,
+    restart_pattern,
+    special_pattern,
+    swallow_pattern,
+)
 
 OVERLONG = ("error", "truncate", "drop")
 SPECIAL_TOKENS = ("text", "allow")
@@ -206,6 +211,7 @@ class _Encoder:
         self.allow_special = special == "allow"
         self.special = special_pattern(tokenizer)
         self.restart = restart_pattern(tokenizer)
+        self.swallow = swallow_pattern(tokenizer)
         self.mentions: list[str] = []  # where records hold the text of special tokens, as text
 
     @functools.cached_property
@@ -223,14 +229,17 @@ class _Encoder:
         for pieces in draft.responses:
             before = draft.prompt
             for text, _ in pieces:
-                texts.append(_Text(text, draft.is_chat, self._continues(before, draft.is_chat)))
+                texts.append(self._following(before, text, draft.is_chat))
                 before = text
         return texts
 
-    def _continues(self, before: str, is_chat: bool) -> bool:
-        """Whether what follows `before` is read as its continuation, not as a new start."""
-        has_tokens = is_chat or self.allow_special
-        return bool(before) and not (has_tokens and self.restart.search(before[-100:]))
+    def _following(self, before: str, text: str, is_chat: bool) -> _Text:
+        """A text as `before` has it read: as its continuation, or behind a special token."""
+        # In plain text the text of a special token is none.
+        end = before[-100:] if is_chat or self.allow_special else ""
+        if self.swallow.search(end):
+            text = text.lstrip()
+        return _Text(text, is_chat, bool(before) and not self.restart.search(end))
 
     def _encode_plain(self, texts: Sequence[str], *, behind_text: bool) -> list[list[int]]:
         allow = self.allow_special

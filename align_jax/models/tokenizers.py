@@ -93,13 +93,15 @@ def restart_pattern(tokenizer: Any) -> re.Pattern:
     """Finds the end of texts after which another is encoded as if it started a sequence."""
     if not restarts_behind_special(tokenizer):
         return re.compile(_NEVER)
-    added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
-    # Some special tokens swallow the whitespace after them.
-    ends = [
-        re.escape(text) + (r"\s*" if text in added and added[text].rstrip else "")
-        for text in special_tokens(tokenizer)
-    ]
+    swallowing = _swallowing(tokenizer)
+    ends = [re.escape(t) + r"\s*" * (t in swallowing) for t in special_tokens(tokenizer)]
     return re.compile(f"(?:{'|'.join(ends)})\\Z")
+
+
+def swallow_pattern(tokenizer: Any) -> re.Pattern:
+    """Finds the end of texts after which leading whitespace is a part of a special token."""
+    ends = "|".join(map(re.escape, _swallowing(tokenizer)))
+    return re.compile(rf"(?:{ends})\s*\Z" if ends else _NEVER)
 
 
 def restarts_behind_special(tokenizer: Any) -> bool:
@@ -184,6 +186,12 @@ def _marks_start(tokenizer: Any) -> bool:
     """Whether a text's first token is another one where the text starts a sequence."""
     probes = ["a", "1"]
     return _encode(tokenizer, probes, False) != _encode_behind(tokenizer, probes, False)
+
+
+def _swallowing(tokenizer: Any) -> set[str]:
+    """Special tokens that take the whitespace after them, such as Phi-3's."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {str(token) for token in added if token.special and token.rstrip}
 
 
 def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -23,7 +23,7 @@ from align_jax.data.tokenise import encode_records
 from align_jax.distributed.partitioning import replicated
 from align_jax.errors import RewardError
 from align_jax.generation.sampler import prompt_bucket
-from align_jax.models.tokenizers import encode_texts
+from align_jax.models.tokenizers import check_vocabulary, encode_texts
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import Records, Reward, checked_scores, text_of
 
@@ -71,6 +71,7 @@ class LanguageModelJudge:
     Raises:
       ValueError: a template without one of its slots, options that differ in more than one token,
         no question, a batch size below 1.
+      ModelError: a tokenizer with ids that the model does not have.
 
     Source: Lee et al. 2023 (RLAIF, arXiv:2309.00267), section 2; Bai et al. 2022 (Constitutional
     AI, arXiv:2212.08073), section 4.1.
@@ -97,6 +98,7 @@ class LanguageModelJudge:
             raise ValueError(f"questions: {questions!r} is no list of one or more questions.")
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is below 1.")
+        check_vocabulary(tokenizer, model.config, "the judge")
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self._questions, self._template = tuple(questions), template
         self._begun, self._option_ids = _option_tokens(tokenizer, answer, options)

@@ -3,11 +3,13 @@ import time
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from align_jax.data import templates
+from align_jax.data.dataset import Data, examples_of
 from align_jax.data.records import parse_record
 from align_jax.data.tokenise import MAX_TURNS, encode_record, encode_records
-from align_jax.errors import DataError, ModelError
+from align_jax.errors import DataError, ModelError, RunError
 from tests.llama_tokenizer import llama_tokenizer
 
 EOS = "<|im_end|>"
@@ -378,6 +380,17 @@ def test_plain_text_cannot_end_a_sequence(tokenizer, caplog):
         encode(raw[0], "sft", tokenizer, special_tokens="no")
 
 
+def test_data_says_how_special_tokens_are_read(tokenizer):
+    for special_tokens, expected in (("text", 1), ("allow", 2)):
+        data = Data(special_tokens=special_tokens)
+        (example,) = examples_of(
+            [{"prompt": "a", "completion": f"b{EOS}c"}], tokenizer, data, kind="sft"
+        )
+        assert counts(example, tokenizer) == [0, expected]
+    with pytest.raises(RunError, match="config.data.special_tokens"):
+        Data(special_tokens="no")
+
+
 def test_text_markers_of_a_template_are_refused_in_messages():
     tokenizer = llama_tokenizer()
     for marker in ("[INST]", "[/INST]", "<<SYS>>"):
@@ -412,6 +425,25 @@ def test_behind_a_special_token_prompt_and_response_are_tokenised_jointly():
         example = encode({"prompt": messages("hi"), "completion": "yes"}, "sft", tokenizer)
         joint = ids("hi<|sep|>yes<|sep|>", tokenizer)
         assert [*example.prompt, *example.responses[0]] == [*joint, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("start", ["prepend", "first", "always"])
+def test_special_tokens_that_take_the_whitespace_behind_them(start):
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    tokenizer = llama_tokenizer(start=start, template=template)
+    names = ("<|user|>", "<|assistant|>", "<|end|>")
+    tokenizer.backend_tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False, rstrip=True) for name in names]
+    )
+    for said in (["hi", "yes", "so what?", "no cat"], ["hi <", "yes", ">so", " no cat"]):
+        raw = {"messages": messages(*said)}
+        whole = tokenizer.apply_chat_template(raw["messages"], tokenize=False).rstrip("\n")
+        example = encode(raw, "sft", tokenizer)
+        joint = [*ids(whole, tokenizer), tokenizer.eos_token_id]
+        assert [*example.prompt, *example.responses[0]] == joint
 
 
 # --- templates that lose text or do not end
