@@ -79,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--raw", action="store_true", help="continue the text as it is, without the chat template"
     )
+    generate.add_argument(
+        "--special_tokens",
+        choices=("text", "allow"),
+        default="text",
+        help="what special tokens in the prompt are read as: text, or the tokens (allow)",
+    )
     generate.add_argument("--max_new_tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     generate.add_argument("--top_k", type=int)
@@ -122,14 +128,21 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
     from align_jax.data.tokenise import encode_record
     from align_jax.errors import RunError
     from align_jax.generation import generate
+    from align_jax.models.tokenizers import check_vocabulary, decode_completions
 
     model, tokenizer = _open(arguments.model)
+    check_vocabulary(tokenizer, model.config, arguments.model)
     prompt: Any = arguments.prompt
     if tokenizer.chat_template and not arguments.raw:
         prompt = [{"role": "user", "content": prompt}]
     record = parse_record({"prompt": prompt}, kind="prompt", where="--prompt")
     example = encode_record(
-        record, tokenizer, id=0, kind="prompt", max_length=model.config.context_length
+        record,
+        tokenizer,
+        id=0,
+        kind="prompt",
+        max_length=model.config.context_length,
+        special_tokens=arguments.special_tokens,
     )
     try:
         samples = generate(
@@ -145,8 +158,9 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
         )
     except ValueError as error:
         raise RunError(str(error)) from error
-    for tokens, mask in zip(*jax.device_get(samples[:2])):
-        print(tokenizer.decode(tokens[mask > 0].tolist(), skip_special_tokens=True))
+    rows = [tokens[mask > 0].tolist() for tokens, mask in zip(*jax.device_get(samples[:2]))]
+    for text in decode_completions(tokenizer, rows, [example.prompt] * len(rows)):
+        print(text)
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:

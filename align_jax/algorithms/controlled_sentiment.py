@@ -25,6 +25,7 @@ from align_jax.errors import RunError
 from align_jax.evaluation.policies import DISTINCT_SAMPLES, summarise, write_comparison
 from align_jax.evaluation.report import format_summary
 from align_jax.generation.rollout import Sampling
+from align_jax.models.tokenizers import encode_texts
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.rules import RULES, of_completions
 from align_jax.settings import Settings
@@ -99,7 +100,7 @@ def run(config: Config, workdir: Workdir) -> dict[str, Any]:
             mesh,
             tokenizer,
             [{"prompt": text} for text in openings],
-            [tokenizer(text, add_special_tokens=False).input_ids for text in openings],
+            encode_texts(tokenizer, openings, behind_text=False),
             count=count,
             sampling=s,
             reward=of_completions(RULES[config.reward]),

@@ -374,7 +374,9 @@ def train(
     base = None if donate else pretrained.as_base(config, model)
     folder = Workdir.of(workdir, config)
     directory = folder and folder.path
-    model, mesh = pretrained.as_configured(config, model, mesh, donate=donate, directory=directory)
+    model, mesh = pretrained.as_configured(
+        config, model, tokenizer, mesh, donate=donate, directory=directory
+    )
     num_steps = count_steps(config, directory, model, len(examples))
     check_training_lengths(config, examples, num_steps)
     if reference is None:

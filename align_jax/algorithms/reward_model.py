@@ -347,7 +347,7 @@ def train_member(
     donate = donate and number == config.ensemble - 1
     start = without_unembedding(model)
     transformer, mesh = pretrained.as_configured(
-        config, start, mesh, donate=donate, directory=directory
+        config, start, tokenizer, mesh, donate=donate, directory=directory
     )
     trained, metrics, _ = train_offline(
         config,

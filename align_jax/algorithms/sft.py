@@ -84,7 +84,9 @@ def train(
     base = None if donate else pretrained.as_base(config, model)
     folder = Workdir.of(workdir, config)
     directory = folder and folder.path
-    model, mesh = pretrained.as_configured(config, model, mesh, donate=donate, directory=directory)
+    model, mesh = pretrained.as_configured(
+        config, model, tokenizer, mesh, donate=donate, directory=directory
+    )
     model, metrics, _ = train_offline(
         config, directory, model, mesh, examples, loss_sums, description="SFT"
     )

@@ -18,7 +18,7 @@ from align_jax.models.config import TransformerConfig
 from align_jax.models.frozen import own_trained
 from align_jax.models.loading import abstract_model, abstract_transformer, load_model
 from align_jax.models.lora import add_adapters, merge_adapters
-from align_jax.models.tokenizers import load_tokenizer
+from align_jax.models.tokenizers import check_vocabulary, load_tokenizer
 from align_jax.models.transformer import Transformer
 from align_jax.settings import Settings
 from align_jax.training.checkpoint import Checkpointer
@@ -116,6 +116,7 @@ def with_adapters(config: RunConfig, model: Transformer, mesh: Mesh) -> Transfor
 def as_configured(
     config: RunConfig,
     model: Transformer,
+    tokenizer: Any,
     mesh: Mesh | None,
     *,
     donate: bool,
@@ -130,7 +131,9 @@ def as_configured(
 
     Raises:
       RunError: `config.model` is a model of other shapes, so the run could not be read again.
+      ModelError: the tokenizer has tokens that the model has not.
     """
+    check_vocabulary(tokenizer, model.config, config.model)
     if mesh is None:
         mesh = mesh_of(model)
     if directory is not None:

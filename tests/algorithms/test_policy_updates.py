@@ -158,7 +158,7 @@ def test_micro_batches_hold_the_groups_in_order_with_their_values():
     numbers = np.arange(8.0, dtype=np.float32)
     scored = Scored(rollout.log_probs, rollout.log_probs, None)
     experience = iteration.Experience(
-        iteration.Collected([], rollout, numbers, {}),
+        iteration.Collected([], rollout, numbers, {}, numbers > np.inf),
         iteration.Evaluated(scored, scored, None),
         numbers,
         Estimate(numbers, numbers[:, None] * rollout.mask, None),
