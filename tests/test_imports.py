@@ -26,7 +26,7 @@ LAYERS = (
     "losses",
 )
 # The bottom: what every folder may use, and what uses none of them (settings raise errors).
-BOTTOM = ("settings", "errors", "files", "progress", "trees")
+BOTTOM = ("settings", "errors", "files", "progress", "text", "trees")
 # What nobody who only starts a run or uses a part should wait for.
 HEAVY = {"transformers", "datasets", "tensorflow_datasets", "matplotlib", "orbax", "wandb", "gguf"}
 HEAVY |= {"tensorboardX", "huggingface_hub", "tokenizers", "vaderSentiment", "safetensors"}
