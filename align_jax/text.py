@@ -21,6 +21,13 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def one_line(text: str, length: int = 400) -> str:
+    """`text` without control characters and newlines, its middle left out if it is long."""
+    joined = printable(" ".join(text.split()))
+    half = (length - 5) // 2
+    return joined if len(joined) <= length else f"{joined[:half]} ... {joined[-half:]}"
+
+
 class _Brief(reprlib.Repr):
     def __init__(self, length: int):
         super().__init__()

@@ -35,6 +35,10 @@ def locate(path: str | pathlib.Path, *, weights: bool) -> Location:
       ModelError: there is nothing of that name here, and the hub has none or cannot be reached.
     """
     name = str(path)
+    if not name:
+        raise ModelError(
+            "no model is named; expected a directory, a GGUF file, a hub id or 'smollm2'."
+        )
     if name in ("tiny", "tiny:gpt2"):
         return Location("tiny", pathlib.Path(name))
     if name == "smollm2":

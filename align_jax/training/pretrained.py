@@ -12,12 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 from align_jax.distributed.mesh import make_mesh, single_device_mesh
 from align_jax.errors import RunError
 from align_jax.models.config import TransformerConfig
+from align_jax.models.dimensions import PROJECTIONS
 from align_jax.models.frozen import own_trained
 from align_jax.models.loading import abstract_transformer, load_model
 from align_jax.models.lora import add_adapters, merge_adapters
 from align_jax.models.tokenizers import load_tokenizer
 from align_jax.models.transformer import Transformer
-from align_jax.settings import Settings
+from align_jax.settings import MAX_SEED, Settings
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.workdir import read_config
 
@@ -31,6 +32,14 @@ class MeshSizes(Settings, key="config.mesh"):
     tensor: int = 1
     context: int = 1
 
+    def __post_init__(self):
+        super().__post_init__()
+        for axis, size in self.to_dict().items():
+            if size != -1 and not 1 <= size <= 2**20:
+                raise RunError(
+                    f"config.mesh.{axis} is {size}; expected a number of devices, 1 or more, or -1."
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora(Settings, key="config.lora"):
@@ -39,6 +48,16 @@ class Lora(Settings, key="config.lora"):
     rank: int = 0  # 0: none, every parameter is trained
     alpha: float = 16.0
     targets: str = "all"  # or some of "query,key,value,output,gate,up,down"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(0, "rank")
+        for name in [] if self.targets == "all" else self.targets.split(","):
+            if name.strip() not in PROJECTIONS:
+                raise RunError(
+                    f"config.lora.targets names {name.strip()!r}; expected 'all', or some of "
+                    f"{', '.join(PROJECTIONS)}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +77,7 @@ class RunConfig(Settings):
         super().__post_init__()
         self.one_of(("float32", "bfloat16", "float16"), "compute_dtype")
         self.one_of(("none", "linear", "full"), "remat")
-        self.at_least(0, "seed")
+        self.between(0, MAX_SEED, "seed")
         self.at_least(1, "checkpoint_every")
 
 

@@ -54,6 +54,8 @@ class Workdir:
         *,
         root: str | os.PathLike | None = None,
     ):
+        if not os.fspath(path):
+            raise RunError("--workdir is empty; expected a directory, which is made if missing.")
         self.path = Path(path)
         self._root = _absolute(path if root is None else root)
         if self.path.exists() and not self.path.is_dir():
