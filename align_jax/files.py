@@ -1,6 +1,7 @@
 """Files: written whole or not at all, and read without trust in what they are or hold."""
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -9,6 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from align_jax.text import brief
+
+
+# What the operating system refuses to whoever writes, and what to do.
+_REFUSALS = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "your share of the disk is full: free some space",
+    errno.EFBIG: "files may not grow that large here: raise the limit (`ulimit -f`)",
+    errno.EMFILE: "this process may open no more files: raise the limit (`ulimit -n`)",
+    errno.ENFILE: "this machine can open no more files: close some",
+}
+
+
+def refusal(error: Exception) -> str | None:
+    """What the system refused and what to do, for the errors of full disks and reached limits.
+
+    Libraries wrap what the system said in errors of their own; its words are looked for in them.
+    """
+    said = str(error)
+    found = (n for n in _REFUSALS if getattr(error, "errno", None) == n or os.strerror(n) in said)
+    return next((_REFUSALS[number] for number in found), None)
 
 
 def write_file(path: Path, content: bytes) -> None:

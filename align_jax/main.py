@@ -12,12 +12,12 @@ Exit status: 0 done; 2 something the user can mend, said in one message; 130 or 
 
 import argparse
 import dataclasses
-import errno
 import json
 import logging
 import sys
 from typing import Any
 
+from align_jax.files import refusal
 from align_jax.text import printable
 
 
@@ -53,22 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     except OSError as error:
-        return _fail(f"{error}. {_REMEDIES.get(error.errno, '')}".removesuffix(". "))
+        reason = refusal(error)
+        return _fail(f"{reason}, then start again ({error})." if reason else str(error))
     except MemoryError as error:
         return _fail(f"there is not enough memory for this {error}".strip())
     except (RunError, DataError, ModelError, RewardError, ImportError) as error:
         return _fail(str(error))
     return 0
-
-
-# What to do about what the operating system refuses.
-_REMEDIES = {
-    errno.ENOSPC: "That is, the disk is full: free some space, then start again.",
-    errno.EDQUOT: "Your share of the disk is full: free some space, then start again.",
-    errno.EFBIG: "Files may not grow that large here: see `ulimit -f`, then start again.",
-    errno.EMFILE: "This process may open no more files: see `ulimit -n`, then start again.",
-    errno.ENFILE: "This machine can open no more files: close some, then start again.",
-}
 
 
 def _fail(message: str) -> int:

@@ -158,10 +158,13 @@ def load_pretrained(config: RunConfig, path: str, mesh: Mesh) -> Transformer:
 
 def load_pretrained_tokenizer(path: str) -> Any:
     """The tokenizer of whatever `load_pretrained` reads."""
-    found = run_at(path)
-    if found is None:
-        return load_tokenizer(path)
-    return load_pretrained_tokenizer(found.config.model)
+    passed: list[Path] = []
+    while (found := run_at(path)) is not None:
+        if found.folder.resolve() in passed:
+            raise RunError(f"{found.folder / 'config.json'} says the run began from itself.")
+        passed.append(found.folder.resolve())
+        path = found.config.model
+    return load_tokenizer(path)
 
 
 class StoredRun(NamedTuple):
@@ -189,8 +192,20 @@ def run_at(path: str | os.PathLike) -> StoredRun | None:
     content = read_config(folder) if (folder / "config.json").is_file() else {}
     if "algorithm" not in content:
         return None
+    for name in ("algorithm", "result", "init"):
+        if not isinstance(content.get(name, ""), str):
+            raise RunError(
+                f"{folder / 'config.json'} is damaged: its {name!r} is {content[name]!r}."
+            )
     if "result" in content:
-        return run_at(folder / content["result"])
+        part = folder / content["result"]
+        # A part lies inside, so that following results comes to an end.
+        if not part.resolve().is_relative_to(folder.resolve()) or part.samefile(folder):
+            raise RunError(
+                f"{folder / 'config.json'} is damaged: its 'result', {content['result']!r}, is no "
+                "directory in the run's own."
+            )
+        return run_at(part)
     known = {field.name for field in dataclasses.fields(RunConfig)}
     config = RunConfig.from_dict({k: value for k, value in content.items() if k in known})
     # An online policy may have started from another model than its reference.
@@ -208,6 +223,8 @@ def restored_model(
     Raises:
       RunError: the run has no checkpoint yet.
     """
+    if (directory / "checkpoints").is_file():
+        raise RunError(f"{directory / 'checkpoints'} is a file; expected the run's checkpoints.")
     if not (directory / "checkpoints").is_dir():
         raise RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
     checkpointer = Checkpointer(directory / "checkpoints")
