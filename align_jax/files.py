@@ -11,7 +11,6 @@ from typing import Any
 
 from align_jax.text import brief
 
-
 # What the operating system refuses to whoever writes, and what to do.
 _REFUSALS = {
     errno.ENOSPC: "the disk is full: free some space",

