@@ -121,6 +121,8 @@ def _errors_of(file: str | Path) -> Iterator[None]:
             for frame, line in traceback.walk_tb(error.__traceback__)
             if frame.f_code.co_filename == str(file)
         ]
+        if isinstance(error, OSError) and not lines:
+            raise RunError(f"--config={file} cannot be read: {error.strerror}.") from error
         said = str(error)
         if isinstance(error, SyntaxError):
             lines, said = [error.lineno or 1], error.msg

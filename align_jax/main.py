@@ -14,11 +14,12 @@ import argparse
 import dataclasses
 import json
 import logging
+import re
 import sys
 from typing import Any
 
 from align_jax.files import refusal
-from align_jax.text import printable
+from align_jax.text import one_line, printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,11 +56,20 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         reason = refusal(error)
         return _fail(f"{reason}, then start again ({error})." if reason else str(error))
-    except MemoryError as error:
-        return _fail(f"there is not enough memory for this {error}".strip())
+    except (MemoryError, RuntimeError) as error:
+        # Of jax's own errors this one only is the user's to mend.
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        return _fail(
+            f"the memory is too small for this ({one_line(str(error)) or 'MemoryError'}). Lower "
+            "the lengths, the batch size or the samples, or use more devices."
+        )
     except (RunError, DataError, ModelError, RewardError, ImportError) as error:
         return _fail(str(error))
     return 0
+
+
+_OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|[Oo]ut of memory")
 
 
 def _fail(message: str) -> int:

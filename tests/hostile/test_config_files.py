@@ -104,6 +104,13 @@ def test_files_that_are_no_config_files(refused, tmp_path):
     refused(lambda: load_config(":scale=tiny"), "--config", "names no file")
 
 
+def test_a_config_file_that_may_not_be_read(refused, tmp_path, unprivileged):
+    (tmp_path / "experiment.py").write_text(returning("ConfigDict()"))
+    (tmp_path / "experiment.py").chmod(0)
+    with unprivileged():
+        refused(lambda: load_config(f"{tmp_path}/experiment.py"), "experiment.py cannot be read")
+
+
 OVERRIDES = [
     ("data.rows=-1", ("config.data.rows", "-1")),
     ("num_epochs=nan", ("config.num_epochs", "nan")),
