@@ -214,7 +214,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     from align_jax.training.workdir import Workdir, read_config
 
     content = read_config(arguments.workdir)
-    if "algorithm" not in content:
+    if not isinstance(content.get("algorithm"), str):
         raise RunError(
             f"{arguments.workdir} is not the workdir of a run: its config.json is something else's."
         )

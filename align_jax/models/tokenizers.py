@@ -5,6 +5,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from align_jax.errors import ModelError
+from align_jax.files import irregular
 from align_jax.models.gguf import GGUFFile
 from align_jax.models.locate import locate, read_json
 from align_jax.text import brief, one_line
@@ -23,6 +24,9 @@ _SETTINGS = {
     "clean_up_tokenization_spaces": False,
     "model_input_names": ["input_ids", "attention_mask"],
 }
+
+# What transformers reads beside tokenizer.json, JSON objects all of them.
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 # Token types of GGUF.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -57,12 +61,18 @@ def _from_directory(folder: pathlib.Path) -> "PreTrainedTokenizerFast":
     described = read_json(folder / "tokenizer.json")
     if not isinstance(described.get("model"), dict):
         raise ModelError(f"{folder / 'tokenizer.json'} holds no tokenizer: it has no 'model'.")
+    for name in _BESIDE:
+        if os.path.lexists(folder / name):
+            read_json(folder / name)
+    if what := irregular(folder / "chat_template.jinja"):
+        raise ModelError(f"{folder / 'chat_template.jinja'} {what}; expected a regular file.")
     try:
         # This class and no other: the file says what the tokenizer is, and no repository code runs.
         return _fast_tokenizer_class().from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(
-            f"{folder / 'tokenizer.json'}: the tokenizer cannot be read: {one_line(str(error))}"
+            f"{folder}: the tokenizer of tokenizer.json and what is beside it cannot be read: "
+            f"{one_line(str(error))}"
         ) from error
 
 

@@ -365,6 +365,37 @@ def test_a_bad_tokenizer(refused, model, content, names):
     refused(lambda: load_tokenizer(model), str(model), *names)
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+)
+@rows(
+    "content, names",
+    [
+        (b"[]", ("object",)),
+        (b"null", ("object",)),
+        (b"{", ("cannot be read",)),
+        (b"\xff\xfe", ("cannot be read",)),
+        (b'{"a":' * 100_000, ("nested too deeply",)),
+        (b'{"eos_token": "a", "eos_token": "b"}', ("'eos_token'", "twice")),
+        (None, ("a pipe",)),
+    ],
+)
+def test_a_bad_file_beside_the_tokenizer(refused, model, name, content, names):
+    (model / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name) if content is None else (model / name).write_bytes(content)
+    refused(lambda: load_tokenizer(model), str(model / name), *names)
+
+
+def test_a_bad_chat_template(refused, model):
+    (model / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    (model / "chat_template.jinja").write_bytes(b"\xff")
+    refused(lambda: load_tokenizer(model), str(model), "utf-8")
+    (model / "chat_template.jinja").unlink()
+    os.mkfifo(model / "chat_template.jinja")
+    refused(lambda: load_tokenizer(model), str(model / "chat_template.jinja"), "a pipe")
+
+
 # --- GGUF
 
 

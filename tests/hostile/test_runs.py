@@ -101,7 +101,8 @@ def test_no_file_where_a_file_is_wanted(refused, run, name, kind, names):
 # Configs of runs that are JSON and no config: content, what the message must name.
 CONFIGS = [
     ({}, ("something else's",)),
-    ({"algorithm": None}, ("config.algorithm",)),
+    ({"algorithm": None}, ("something else's",)),
+    ({"algorithm": ["sft"]}, ("something else's",)),
     ({"algorithm": "sfft"}, ("'sfft'", "'sft'")),
     ({"algorithm": "sft", "beta": 1}, ("'beta'",)),
     ({"algorithm": "sft", "seed": "x"}, ("config.seed",)),
