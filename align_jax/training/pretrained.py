@@ -51,7 +51,7 @@ class Lora(Settings, key="config.lora"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(0, "rank")
+        self.between(0, 2**14, "rank")  # the widest models have no wider matrices
         for name in [] if self.targets == "all" else self.targets.split(","):
             if name.strip() not in PROJECTIONS:
                 raise RunError(

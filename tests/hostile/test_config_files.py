@@ -153,6 +153,7 @@ OVERRIDES = [
     ("optimizer.eps=0", ("config.optimizer.eps",)),
     ("optimizer.schedule=sine", ("config.optimizer.schedule", "cosine")),
     ("lora.rank=-1", ("config.lora.rank",)),
+    ("lora.rank=100000", ("config.lora.rank", "16384")),
     ("lora.alpha=nan", ("config.lora.alpha",)),
     ("lora.targets=queri", ("config.lora.targets", "query")),
     ("compute_dtype=float8", ("config.compute_dtype", "bfloat16")),
