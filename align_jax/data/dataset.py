@@ -47,8 +47,8 @@ class Data(Settings, key="config.data"):
         if named and not any(one.startswith(PREFIX) for one in named):
             self.at_default(f"config.data.source is no {PREFIX}PATH", "score")
         for name in ("length_buckets", "target_buckets"):
-            if not all(bucket > 0 for bucket in getattr(self, name)):
-                raise RunError(f"config.data.{name} has a bucket that is not above 0.")
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise RunError(f"config.data.{name} is empty or has a bucket that is not above 0.")
 
     @property
     def micro_batch_size(self) -> int:

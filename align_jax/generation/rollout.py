@@ -12,7 +12,7 @@ from align_jax.data.batching import build_batch
 from align_jax.data.dataset import Data
 from align_jax.data.tokenise import Example
 from align_jax.errors import RunError
-from align_jax.generation.sampler import generate
+from align_jax.generation.sampler import MAX_NEW_TOKENS, MAX_SAMPLES, generate
 from align_jax.models.tokenizers import decode_completions, encode_texts
 from align_jax.models.transformer import Transformer
 from align_jax.settings import Settings
@@ -33,7 +33,8 @@ class Sampling(Settings, key="config.sampling"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(1, "samples", "max_new_tokens")
+        self.between(1, MAX_SAMPLES, "samples")
+        self.between(1, MAX_NEW_TOKENS, "max_new_tokens")
         self.at_least(
             0, "prompts", "temperature", "batch_prompts", "batch_samples", "truncate_after"
         )

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from align_jax.errors import ModelError
+from align_jax.files import irregular
 from align_jax.models.gguf import GGUFFile
 from align_jax.models.locate import locate, read_json
+from align_jax.text import brief, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,6 +31,9 @@ _SETTINGS = {
     "clean_up_tokenization_spaces": False,
     "model_input_names": ["input_ids", "attention_mask"],
 }
+
+# What transformers reads beside tokenizer.json, JSON objects all of them.
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 # Token types of GGUF.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -199,17 +204,27 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _from_directory(folder: pathlib.Path) -> "PreTrainedTokenizerFast":
-    if not (folder / "tokenizer.json").is_file():
+    if not os.path.lexists(folder / "tokenizer.json"):
         raise ModelError(
             f"{folder} has no tokenizer.json. Other formats (tokenizer.model, vocab.json) must be "
             "converted first: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
-    read_json(folder / "tokenizer.json")
+    described = read_json(folder / "tokenizer.json")
+    if not isinstance(described.get("model"), dict):
+        raise ModelError(f"{folder / 'tokenizer.json'} holds no tokenizer: it has no 'model'.")
+    for name in _BESIDE:
+        if os.path.lexists(folder / name):
+            read_json(folder / name)
+    if what := irregular(folder / "chat_template.jinja"):
+        raise ModelError(f"{folder / 'chat_template.jinja'} {what}; expected a regular file.")
     try:
         # This class and no other: the file says what the tokenizer is, and no repository code runs.
         return _fast_tokenizer_class().from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from error
+        raise ModelError(
+            f"{folder}: the tokenizer of tokenizer.json and what is beside it cannot be read: "
+            f"{one_line(str(error))}"
+        ) from error
 
 
 def _from_gguf(file: GGUFFile) -> "PreTrainedTokenizerFast":
@@ -227,9 +242,11 @@ def _from_gguf(file: GGUFFile) -> "PreTrainedTokenizerFast":
         tokens, types = data["tokenizer.ggml.tokens"], data["tokenizer.ggml.token_type"]
         merges = [tuple(merge.split(" ")) for merge in data["tokenizer.ggml.merges"]]
         bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+        if len(types) != len(tokens):
+            raise ValueError(f"{len(types)} token types for {len(tokens)} tokens")
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(
-            f"{file.path}: the tokenizer in its metadata is damaged: {error}"
+            f"{file.path}: the tokenizer in its metadata is damaged: {one_line(repr(error))}"
         ) from error
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -250,6 +267,11 @@ def _from_gguf(file: GGUFFile) -> "PreTrainedTokenizerFast":
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         index = data.get(f"tokenizer.ggml.{theirs}_token_id")
         if index is not None:
+            if type(index) is not int or not 0 <= index < len(tokens):
+                raise ModelError(
+                    f"{file.path}: the tokenizer in its metadata is damaged: its {theirs} token is "
+                    f"number {brief(index)} of {len(tokens)}."
+                )
             special[f"{ours}_token"] = tokens[index]
     return _fast_tokenizer_class()(
         tokenizer_object=tokenizer,

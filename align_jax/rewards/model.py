@@ -185,7 +185,7 @@ class RewardModel:
       components: None, but of an ensemble the function that `base.scores_and_components` asks: the
         reward of each member, `member_0` and so on, and their `disagreement`, the standard
         deviation over them, `[N]` float32 each.
-      truncated: `[N]` bool, which texts of the last call were cut, at the beginning of the prompt or
+      truncated: `[N]` bool, which texts of the last call were cut: the beginning of the prompt, or
         at the end of the completion.
     """
 

@@ -9,9 +9,7 @@ before.
 
 import contextlib
 import dataclasses
-import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ import jax
 import numpy as np
 
 from align_jax.errors import RunError
-from align_jax.files import write_json
+from align_jax.files import refusal, write_json
 from align_jax.models.config import TransformerConfig
 from align_jax.models.frozen import combine, partition
 from align_jax.trees import fingerprint, flatten, unflatten
@@ -258,11 +256,12 @@ class Checkpointer:
             yield
         # TensorStore makes a ValueError of what the operating system said.
         except (OSError, ValueError) as error:
-            if os.strerror(errno.ENOSPC) not in str(error):
+            reason = refusal(error)
+            if reason is None:
                 raise
             raise RunError(
-                f"the disk is full: a checkpoint could not be written to {self.directory}. What "
-                "was saved before is whole; free some space, and the same command continues."
+                f"a checkpoint could not be written to {self.directory}: {reason}, and the same "
+                "command continues. What was saved before is whole."
             ) from error
 
 

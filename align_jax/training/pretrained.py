@@ -15,12 +15,13 @@ from align_jax.distributed.mesh import make_mesh, single_device_mesh
 from align_jax.distributed.partitioning import replicated
 from align_jax.errors import ModelError, RunError
 from align_jax.models.config import TransformerConfig
+from align_jax.models.dimensions import PROJECTIONS
 from align_jax.models.frozen import own_trained
 from align_jax.models.loading import abstract_model, abstract_transformer, load_model
 from align_jax.models.lora import add_adapters, merge_adapters
 from align_jax.models.tokenizers import check_vocabulary, load_tokenizer
 from align_jax.models.transformer import Transformer
-from align_jax.settings import Settings
+from align_jax.settings import MAX_SEED, Settings
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.workdir import read_config
 from align_jax.trees import flatten
@@ -35,6 +36,14 @@ class MeshSizes(Settings, key="config.mesh"):
     tensor: int = 1
     context: int = 1
 
+    def __post_init__(self):
+        super().__post_init__()
+        for axis, size in self.to_dict().items():
+            if size != -1 and not 1 <= size <= 2**20:
+                raise RunError(
+                    f"config.mesh.{axis} is {size}; expected a number of devices, 1 or more, or -1."
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora(Settings, key="config.lora"):
@@ -43,6 +52,16 @@ class Lora(Settings, key="config.lora"):
     rank: int = 0  # 0: none, every parameter is trained
     alpha: float = 16.0
     targets: str = "all"  # or some of "query,key,value,output,gate,up,down"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.between(0, 2**14, "rank")  # the widest models have no wider matrices
+        for name in [] if self.targets == "all" else self.targets.split(","):
+            if name.strip() not in PROJECTIONS:
+                raise RunError(
+                    f"config.lora.targets names {name.strip()!r}; expected 'all', or some of "
+                    f"{', '.join(PROJECTIONS)}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +89,7 @@ class RunConfig(Settings):
         super().__post_init__()
         self.one_of(("float32", "bfloat16", "float16"), "compute_dtype")
         self.one_of(("none", "linear", "full"), "remat")
-        self.at_least(0, "seed")
+        self.between(0, MAX_SEED, "seed")
         self.at_least(1, "checkpoint_every")
         if not self.offered_evaluators:
             self.at_default("this algorithm has no evaluators", "evaluators")
@@ -186,10 +205,13 @@ def load_pretrained(config: RunConfig, path: str, mesh: Mesh) -> Transformer:
 
 def load_pretrained_tokenizer(path: str) -> Any:
     """The tokenizer of whatever `load_pretrained` reads."""
-    found = run_at(path)
-    if found is None:
-        return load_tokenizer(path)
-    return load_pretrained_tokenizer(found.config.model)
+    passed: list[Path] = []
+    while (found := run_at(path)) is not None:
+        if found.folder.resolve() in passed:
+            raise RunError(f"{found.folder / 'config.json'} says the run began from itself.")
+        passed.append(found.folder.resolve())
+        path = found.config.model
+    return load_tokenizer(path)
 
 
 class StoredRun(NamedTuple):
@@ -217,8 +239,20 @@ def run_at(path: str | os.PathLike) -> StoredRun | None:
     content = read_config(folder) if (folder / "config.json").is_file() else {}
     if "algorithm" not in content:
         return None
+    for name in ("algorithm", "result", "init"):
+        if not isinstance(content.get(name, ""), str):
+            raise RunError(
+                f"{folder / 'config.json'} is damaged: its {name!r} is {content[name]!r}."
+            )
     if "result" in content:
-        return run_at(folder / content["result"])
+        part = folder / content["result"]
+        # A part lies inside, so that following results comes to an end.
+        if not part.resolve().is_relative_to(folder.resolve()) or part.samefile(folder):
+            raise RunError(
+                f"{folder / 'config.json'} is damaged: its 'result', {content['result']!r}, is no "
+                "directory in the run's own."
+            )
+        return run_at(part)
     known = {field.name for field in dataclasses.fields(RunConfig)}
     config = RunConfig.from_dict({k: value for k, value in content.items() if k in known})
     # An online policy may have started from another model than its reference.
@@ -277,6 +311,8 @@ def restored_running(
 @contextlib.contextmanager
 def _checkpoints(directory: Path) -> Iterator[Checkpointer]:
     """Reads the checkpoints of a run directory; `RunError` if there is none yet."""
+    if (directory / "checkpoints").is_file():
+        raise RunError(f"{directory / 'checkpoints'} is a file; expected the run's checkpoints.")
     missing = RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
     if not (directory / "checkpoints").is_dir():
         raise missing

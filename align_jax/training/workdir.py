@@ -14,8 +14,9 @@ import jax
 
 from align_jax.data.samples import PREFIX as SAMPLES
 from align_jax.errors import DataError, RewardError, RunError
-from align_jax.files import plain_values, write_json
+from align_jax.files import irregular, load_json, plain_values, refusal, write_json
 from align_jax.settings import Settings
+from align_jax.text import brief, one_line
 
 _INSIDE = "workdir:"
 
@@ -55,16 +56,21 @@ class Workdir:
         *,
         root: str | os.PathLike | None = None,
     ):
-        self.path = Path(path)
+        self.path = _folder(path)
         self._root = _absolute(path if root is None else root)
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"--workdir={self.path} is a file; give a directory.")
+        found = "is a file" if os.path.isfile(self.path) else irregular(self.path)
+        if found and not os.path.isdir(self.path):
+            raise RunError(f"--workdir={self.path} {found}; give a directory.")
         wanted = json.loads(json.dumps(config.to_dict(), default=plain_values))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim(wanted, type(config))
         except OSError as error:
-            raise RunError(f"--workdir={self.path} cannot be used: {error.strerror}.") from error
+            reason = refusal(error)
+            more = f", that is, {reason}" if reason else ""
+            raise RunError(
+                f"--workdir={self.path} cannot be used: {error.strerror}{more}."
+            ) from error
 
     @classmethod
     def of(
@@ -92,7 +98,10 @@ class Workdir:
         different = _differences(_with_new_fields(found or {}, settings), wanted)
         if found is not None:
             # A stage that is still to begin may be corrected when those before it are paid for.
-            waiting = [name for name in found.get("order", ()) if not _has_begun(self.path / name)]
+            order = found.get("order", [])
+            if not isinstance(order, list) or not all(isinstance(name, str) for name in order):
+                raise RunError(f"{file} is damaged: 'order' is {brief(order)}, no list of names.")
+            waiting = [name for name in order if not _has_begun(self.path / name)]
             held = [d for d in different if d.removeprefix("config.").split(".")[0] not in waiting]
             if held and (started or "algorithm" not in found):
                 raise RunError(
@@ -110,9 +119,16 @@ class Workdir:
             write_json(file, stored)
 
     def finished(self) -> dict[str, Any] | None:
-        """What `finish` wrote, or None."""
-        file = self.path / "finished.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        """What `finish` wrote, or None; `RunError` if that is damaged."""
+        try:
+            return _load_object(self.path / "finished.json")
+        except FileNotFoundError:
+            return None
+        except RunError as error:
+            raise RunError(
+                f"{error} Copy it there again; or remove it, and the same command goes on from "
+                "the last checkpoint and writes it anew."
+            ) from error
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the run as done, so that it is never run over unasked."""
@@ -133,13 +149,29 @@ def _has_begun(folder: Path) -> bool:
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """The config of the run in a directory; `RunError` if there is none or it is damaged."""
-    file = Path(path) / "config.json"
     try:
-        return _resolved(json.loads(file.read_text(encoding="utf-8")), _absolute(path))
-    except FileNotFoundError as error:
+        return _resolved(_load_object(_folder(path) / "config.json"), _absolute(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"{path} is not the workdir of a run: it has no config.json.") from error
+
+
+def _folder(path: str | os.PathLike) -> Path:
+    name = os.fspath(path)
+    if not name:
+        raise RunError("--workdir is empty; expected a directory.")
+    if "\0" in name:
+        raise RunError(f"--workdir={name!r} has a NUL, which no path can have.")
+    return Path(name)
+
+
+def _load_object(file: Path) -> dict[str, Any]:
+    try:
+        content = load_json(file)
     except ValueError as error:
-        raise RunError(f"{file} is damaged: {error}.") from error
+        raise RunError(f"{file} is damaged: {one_line(str(error))}.") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{file} is damaged: it holds a {type(content).__name__} and no object.")
+    return content
 
 
 def _with_new_fields(found: dict[str, Any], settings: type[Settings]) -> dict[str, Any]:
