@@ -89,7 +89,7 @@ class Config(OfflineConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(1, "ensemble")
+        self.between(1, 1000, "ensemble")
         self.at_least(0, "held_out")
         self.one_of(LOSSES, "loss")
         self._check_fields_of_losses()

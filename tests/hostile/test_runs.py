@@ -268,8 +268,8 @@ import numpy as np
 from align_jax.errors import RunError
 from align_jax.training.checkpoint import Checkpointer
 logging.getLogger("absl").setLevel(logging.CRITICAL)
-State = collections.namedtuple("State", "step model optimizer")
-state = State(np.int32(3), {{"w": np.arange(2.0**18)}}, {{"m": np.zeros(3)}})
+State = collections.namedtuple("State", "step model optimizer running")
+state = State(np.int32(3), {{"w": np.arange(2.0**18)}}, {{"m": np.zeros(3)}}, {{}})
 checkpointer = Checkpointer(pathlib.Path(sys.argv[1]))
 resource.setrlimit(resource.{name}, ({limit}, {limit}))
 try:
