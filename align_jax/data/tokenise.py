@@ -18,6 +18,8 @@ import numpy as np
 from align_jax.data.records import HUMAN, Messages, Record
 from align_jax.errors import DataError
 
+# Raised whenever the same record gives other tokens: what was computed from the old is not used.
+ENCODER_VERSION = 1
 OVERLONG = ("error", "truncate", "drop")
 _CHUNK = 256
 _log = logging.getLogger(__name__)
