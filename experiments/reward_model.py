@@ -40,27 +40,26 @@ docs/results.md.
 
 from ml_collections import ConfigDict
 
-from align_jax.algorithms.reward_model import default_reward_model_config
+from align_jax.algorithms import reward_model
 from align_jax.config import parse_scale
-from align_jax.data.dataset import default_data_config
-from align_jax.training.optimizer import default_optimizer_config
+from align_jax.data.dataset import Data
+from align_jax.training.optimizer import Optimizer
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_reward_model_config()
-    config.optimizer = default_optimizer_config(
-        learning_rate=1e-4, schedule="linear", warmup_steps=10
-    )
-    config.data = default_data_config(
-        source="builtin:tiny_chat_preferences",
-        batch_size=16,
-        rows=4,
-        max_length=256,
-        overlong="truncate",
-        length_buckets=tuple(32 * i for i in range(1, 257)),
-        target_buckets=(8192,),  # no loss reads targets here: one width for all batches
-    )
+    config = reward_model.Config(
+        optimizer=Optimizer(learning_rate=1e-4, schedule="linear", warmup_steps=10),
+        data=Data(
+            source="builtin:tiny_chat_preferences",
+            batch_size=16,
+            rows=4,
+            max_length=256,
+            overlong="truncate",
+            length_buckets=tuple(32 * i for i in range(1, 257)),
+            target_buckets=(8192,),  # no loss reads targets here: one width for all batches
+        ),
+    ).to_config_dict()
     if scale == "tiny":
         config.model = "tiny"
         config.optimizer.update(learning_rate=3e-3, warmup_steps=0)

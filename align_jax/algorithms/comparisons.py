@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from align_jax.data import dataset
 from align_jax.data.records import Record
-from align_jax.data.sources import load_as_configured
 from align_jax.data.tokenise import Example
 from align_jax.errors import RunError
+from align_jax.losses.ranking import RankingLoss
 
 # Margins by preference strength (Touvron et al. 2023, appendix A.3.3, table 27): significantly
 # better, better, slightly better, negligibly better or unsure.
@@ -22,86 +20,45 @@ MARGINS = {
 }
 
 
-def load_comparisons(config: ConfigDict, tokenizer: Any) -> tuple[list[Example], list[Record]]:
-    """Examples to train on, as of `prepare`, and records to evaluate on.
-
-    Raises:
-      RunError: more records held out than there are, or another source for them too; see `prepare`.
-    """
-    if config.held_out and config.data.eval_source:
-        raise RunError(
-            f"config.held_out = {config.held_out} and config.data.eval_source both say what to "
-            "evaluate on: set one of them."
-        )
-    records, examples = _load(config, config.data.source, tokenizer)
-    kept = len(examples) - config.held_out
-    if not 0 < kept <= len(examples):
-        raise RunError(
-            f"config.held_out is {config.held_out}, and config.data.source has {len(examples)} "
-            "records."
-        )
-    if config.data.eval_source:
-        held_out = load_held_out(config, config.data.eval_source, tokenizer)
-    else:
-        held_out = _to_judge(config, records, examples[kept:]) if config.held_out else []
-    return prepare(config, examples[:kept]), held_out
+def kind_of_records(loss: RankingLoss) -> str:
+    """The kind of record that a loss learns from (docs/data.md)."""
+    return "ranked" if loss.ranked else "preference"
 
 
-def load_held_out(config: ConfigDict, source: str, tokenizer: Any) -> list[Record]:
-    """Records to evaluate on, each of which training would accept; see `load_comparisons`."""
-    return _to_judge(config, *_load(config, source, tokenizer))
-
-
-def _to_judge(
-    config: ConfigDict, records: Sequence[Record], examples: Sequence[Example]
-) -> list[Record]:
-    """The records of examples, with what they say to the loss: best_of_k knows but the best."""
-    chosen = [records[e.id] for e in prepare(config, examples, margins=False)]
-    if config.loss == "best_of_k":
-        return [r | {"ranks": [int(rank > 0) for rank in r["ranks"]]} for r in chosen]
-    return chosen
-
-
-def _load(config: ConfigDict, source: str, tokenizer: Any) -> tuple[list[Record], list[Example]]:
-    kind = comparisons_kind(config)
-    records = load_as_configured(config.data, source, kind=kind)
-    return records, dataset.tokenised(config.data, records, tokenizer, kind=kind)
-
-
-def comparisons_kind(config: ConfigDict) -> str:
-    """The kind of record that the config's loss learns from."""
-    return "preference" if config.loss == "pairwise" else "ranked"
-
-
-def prepare(
-    config: ConfigDict, examples: Sequence[Example], *, margins: bool = True
+def as_rankings(
+    examples: Sequence[Example],
+    loss: RankingLoss,
+    *,
+    margins: Mapping[str, float] | None = None,
 ) -> list[Example]:
     """Checks ranks and margins; gives every example the same number of responses.
 
-    Empty responses fill up what is missing, with rank nan: all batches of one length then have one
-    shape, whatever K its records have. `extras` gets `ranks` `[K]` and `margin`,
-    which is 0 without `margins`: an evaluation has no use for it.
+    Empty responses with rank nan are added to examples that have fewer: all batches of one length
+    then have one shape, whatever K their records have. `extras` gets `ranks` `[K]` and `margin`.
+
+    Args:
+      margins: the margin of each strength; by default an example keeps its own margin, or 0.
 
     Raises:
-      RunError: best_of_k without exactly one best response; a strength without a margin; not one
-        record with a response better than another.
+      RunError: not exactly one best response where the loss needs that; a strength without a
+        margin; not one example with a response better than another.
     """
     most = max(len(example.responses) for example in examples)
     out = []
     for example in examples:
         missing = most - len(example.responses)
         ranks = np.array(example.extras.get("ranks", (0, 1)), np.float32)
-        if config.loss == "best_of_k":
+        if loss.only_best:
             best = int((ranks == 0).sum())
             if best != 1:
                 raise RunError(
                     f"{example.extras['where']}: {best} completions have rank 0; the loss "
-                    "best_of_k needs exactly one."
+                    f"{loss.name} needs exactly one."
                 )
             ranks = (ranks > 0).astype(np.float32)
         extras = example.extras | {
             "ranks": np.append(ranks, np.full(missing, np.nan, np.float32)),
-            "margin": _margin(config, example) if margins else 0.0,
+            "margin": _margin(example, margins),
         }
         empty = (np.zeros(0, np.int32),) * missing
         out.append(
@@ -119,22 +76,17 @@ def prepare(
     return out
 
 
-def _margin(config: ConfigDict, example: Example) -> float:
-    if not config.margins:
+def _margin(example: Example, margins: Mapping[str, float] | None) -> float:
+    if margins is None:
         return example.extras.get("margin", 0.0)
-    table = config.margins
-    if isinstance(table, str):
-        if table not in MARGINS:
-            raise RunError(f"config.margins is {table!r}; expected one of {', '.join(MARGINS)}.")
-        table = MARGINS[table]
     where, strength = example.extras["where"], example.extras.get("strength")
     if strength is None:
         raise RunError(f"{where}: no 'strength', which config.margins turns into a margin.")
-    if strength_name(strength) not in table:
+    if strength_name(strength) not in margins:
         raise RunError(
-            f"{where}: strength {strength!r} is not in config.margins; it has {', '.join(table)}."
+            f"{where}: strength {strength!r} is not in config.margins; it has {', '.join(margins)}."
         )
-    return float(table[strength_name(strength)])
+    return float(margins[strength_name(strength)])
 
 
 def strength_name(strength: str | float) -> str:
@@ -143,9 +95,25 @@ def strength_name(strength: str | float) -> str:
 
 
 def attach(example: Example) -> dict[str, np.ndarray]:
-    """What of an example of `prepare` travels with its batch."""
+    """What a batch gets of an example of `as_rankings` beside its tokens."""
     margin = np.array([example.extras["margin"]], np.float32)
     return {"ranks": example.extras["ranks"], "margin": margin}
+
+
+def records_to_judge(
+    records: Sequence[Record], examples: Sequence[Example], loss: RankingLoss
+) -> list[Record]:
+    """The records that `examples` were made from, ranked as far as the loss reads their ranks.
+
+    Raises:
+      RunError: records that training would refuse; see `as_rankings`.
+    """
+    if not examples:
+        return []
+    chosen = [records[example.id] for example in as_rankings(examples, loss)]
+    if loss.only_best:
+        return [one | {"ranks": [int(rank > 0) for rank in one["ranks"]]} for one in chosen]
+    return chosen
 
 
 def texts_of(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
@@ -159,9 +127,12 @@ def texts_of(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
 
 
 def pairs_of(records: Sequence[Record], scores: np.ndarray) -> dict[str, Any]:
-    """Every pair that the records order, of the scores of `texts_of`: arguments of `calibrate`.
+    """Every pair that the records order, as arguments of `calibrate`.
 
     The strength of a preference is the record's, or in a ranking the difference of the ranks.
+
+    Args:
+      scores: of the texts of `texts_of`, `[N]`.
     """
     pairs: dict[str, list] = {
         name: [] for name in ("chosen", "rejected", "responses", "groups", "strengths")

@@ -16,27 +16,34 @@ The comparisons leave the zero and the unit of a reward free. `config.normalizat
 afterwards on texts of a reference policy, and the result is stored with the model.
 """
 
+import dataclasses
+import functools
+import math
+import numbers
 import os
 import shutil
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from align_jax.algorithms import Source, reward_normalization
 from align_jax.algorithms.comparisons import (
+    MARGINS,
+    as_rankings,
     attach,
-    comparisons_kind,
-    load_comparisons,
-    load_held_out,
+    kind_of_records,
     pairs_of,
+    records_to_judge,
     texts_of,
 )
+from align_jax.algorithms.reward_normalization import Normalization, ReferenceTexts
+from align_jax.data.dataset import records_of, tokenised
 from align_jax.data.loader import sample_with_replacement
 from align_jax.data.records import Record
 from align_jax.data.tokenise import Example
@@ -44,247 +51,450 @@ from align_jax.errors import RunError
 from align_jax.evaluation.calibration import accuracy, calibrate
 from align_jax.evaluation.calibration_report import format_calibration, write_calibration_report
 from align_jax.files import write_json
-from align_jax.losses import ranking
+from align_jax.losses.ranking import LOSSES, RankingLoss
 from align_jax.models.heads import ScalarModel, response_scores, without_unembedding
+from align_jax.models.transformer import Transformer
 from align_jax.progress import progress
 from align_jax.rewards.model import DIRECTORY, RewardModel, RewardScale, save_reward_model
-from align_jax.training import offline, pretrained
+from align_jax.training import pretrained
 from align_jax.training.metrics import read_metrics
-from align_jax.training.step import Batch, LossFunction, LossSums
-from align_jax.training.workdir import Workdir
-
-LOSSES = ("pairwise", "best_of_k", "all_pairs", "plackett_luce")
+from align_jax.training.offline import OfflineConfig, train_offline
+from align_jax.training.step import Batch, LossSums
+from align_jax.training.workdir import Result, Workdir
 
 _DETAILS = ("reliability", "by_difference", "by_strength", "rewards")
 
 SCORED_TOGETHER = 256  # held-out records, between two marks of the progress bar
 
-# Stands for minus infinity where a record has fewer responses than another: exp of it is 0, and
-# differences of it are 0 and not nan.
-_LOWEST = -1e30
+
+@dataclasses.dataclass(frozen=True)
+class Config(OfflineConfig):
+    """The settings of a reward model's run."""
+
+    algorithm: str = "reward_model"
+    loss: str = "pairwise"  # a name of losses.ranking.LOSSES
+    # A name of comparisons.MARGINS, or {strength: margin}, which a config file assigns within
+    # `with config.ignore_type():`. "": the records' own `margin`.
+    margins: str | Mapping[str, float] = ""
+    label_smoothing: float = 0.0  # probability, below 0.5, that a comparison is flipped
+    center_coefficient: float = 0.0  # weight of (chosen + rejected)^2, which holds rewards near 0
+    ensemble: int = 1  # members, each with its own head, order and sample of the data
+    held_out: int = 0  # this many of the last records of data.source are for evaluation only
+    normalization: Normalization = Normalization()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "ensemble")
+        self.at_least(0, "held_out")
+        self.one_of(LOSSES, "loss")
+        self._check_fields_of_losses()
+        self._check_margins()
+
+    def _check_fields_of_losses(self) -> None:
+        for name in {name: None for loss in LOSSES.values() for name in _fields_read_by(loss)}:
+            readers = [loss.name for loss in LOSSES.values() if name in _fields_read_by(loss)]
+            if self.loss not in readers:
+                listed = " or ".join(map(repr, readers))
+                self.at_default(f"{name} is for config.loss = {listed} only", name)
+        for option in self.ranking_loss.options:
+            value = getattr(self, option.name)
+            try:
+                option.check(value)
+            except ValueError as error:
+                expected = option.expected
+                raise RunError(f"config.{option.name} is {value}; expected {expected}.") from error
+
+    def _check_margins(self) -> None:
+        if self.margins and isinstance(self.margins, str):
+            self.one_of(MARGINS, "margins")
+        elif self.margins:
+            for strength, margin in self.margins.items():
+                if not isinstance(margin, numbers.Real) or not math.isfinite(margin):
+                    raise RunError(
+                        f"config.margins[{strength!r}] is {margin!r}; expected a finite number."
+                    )
+
+    @property
+    def ranking_loss(self) -> RankingLoss:
+        """The loss that `loss` names."""
+        return LOSSES[self.loss]
+
+    @property
+    def margin_of_strength(self) -> Mapping[str, float] | None:
+        """The table that `margins` names or is; None where a record's own margin counts."""
+        return MARGINS.get(self.margins) if isinstance(self.margins, str) else self.margins or None
 
 
-def default_reward_model_config() -> ConfigDict:
-    """The fields of a reward model's config beside `data` and `optimizer`."""
-    config = offline.default_offline_config()
-    config.update(
-        {
-            "algorithm": "reward_model",
-            "loss": "pairwise",
-            # A name of comparisons.MARGINS, or "": the records' own `margin`. In a config file also
-            # {strength: margin}, assigned within `with config.ignore_type():`.
-            "margins": "",
-            "label_smoothing": 0.0,
-            "center_coefficient": 0.0,
-            "ensemble": 1,  # members, each with its own head, order and sample of the data
-            "held_out": 0,  # this many of the last records of data.source are for evaluation only
-            "normalization": {
-                "kind": "none",  # | "mean_std" (Ziegler: 0 and 1) | "mean" (Stiennon: 0)
-                "source": "",  # of reference texts, or of prompts that `policy` continues
-                "policy": "",  # "": the source has completions
-                "limit": 256,
-                "max_new_tokens": 64,
-            },
-        }
-    )
-    return config
+def _fields_read_by(loss: RankingLoss) -> list[str]:
+    """Fields of `Config` that act on this loss, but not on every other."""
+    margins = ["margins"] if "margin" in loss.reads else []
+    return margins + [option.name for option in loss.options]
 
 
-def make_loss(config: ConfigDict) -> LossFunction:
-    """The loss of a batch of records under `config.loss`, summed over records.
+def loss_sums(config: Config, model: ScalarModel, batch: Batch) -> LossSums:
+    """The loss of a batch of records, in nats, summed over records.
 
     The batch holds `margin` `[B]` and, in the order of the responses, `ranks` `[B K]` float32: nan
     where a record has fewer than K responses. Metrics are means over the pairs of a record that
     its ranks order (for best_of_k: the best and each other one).
+    """
+    count = batch["margin"].shape[0]
+    scores = response_scores(model, batch).reshape(count, -1)
+    ranks = batch["ranks"].reshape(count, -1)
+    better = ranks[:, :, None] < ranks[:, None, :]  # false wherever a rank is nan
+    pairs = better.sum((1, 2))
+    loss = config.ranking_loss
+    values = {"rewards": scores, "ranks": ranks, "margin": batch["margin"]}
+    losses = loss(values, **{option.name: getattr(config, option.name) for option in loss.options})
+    # A record whose responses all tie says nothing.
+    weight = (pairs > 0).astype(jnp.float32)
+    share = better / jnp.maximum(pairs, 1)[:, None, None]
+    first, second = scores[:, :, None], scores[:, None, :]
+    right = (first > second) + 0.5 * (first == second)
+    metrics = {
+        "rewards/chosen": first,
+        "rewards/rejected": second,
+        "rewards/margins": first - second,
+        "rewards/accuracies": right,
+    }
+    sums = {name: (share * value).sum() for name, value in metrics.items()}
+    return LossSums((weight * losses).sum(), weight.sum(), sums)
+
+
+# Comparisons from Python: dicts, or a source that `data.sources` reads.
+Comparisons = Sequence[Mapping[str, Any]] | str | os.PathLike
+
+
+class Inputs(NamedTuple):
+    """What a reward model is made from beside a language model: see `read_inputs`.
+
+    Attributes:
+      examples: to train on, of `as_rankings`.
+      held_out: records to evaluate on.
+      held_out_source: where they come from, in words.
+      reference: what sets zero and unit; None without normalization.
+    """
+
+    examples: list[Example]
+    held_out: list[Record]
+    held_out_source: str
+    reference: ReferenceTexts | None
+
+
+def read_inputs(
+    records: Comparisons,
+    tokenizer: Any,
+    config: Config,
+    *,
+    held_out: Comparisons,
+    directory: Path | None,
+    mesh: Mesh,
+) -> Inputs:
+    """Reads and checks everything that training reads, each source once.
+
+    Args:
+      records: to train on, but for the last `config.held_out`.
+      held_out: to evaluate on instead; may be empty.
+      directory: the run's; keeps the texts that `config.normalization.policy` samples.
 
     Raises:
-      RunError: an unknown loss, or options that are another loss's.
+      RunError: more records held out than there are, or other records for them too; see
+        `as_rankings` and `reference_texts`.
+      DataError: a source that cannot be read, or a record that cannot be used.
     """
-    if config.loss not in LOSSES:
-        raise RunError(f"config.loss is {config.loss!r}; expected one of {', '.join(LOSSES)}.")
-    if not 0 <= config.label_smoothing < 0.5:
+    if config.held_out and held_out:
+        other = "config.data.eval_source" if config.data.eval_source else "the argument held_out"
         raise RunError(
-            f"config.label_smoothing is {config.label_smoothing}; expected from 0 to below 0.5."
+            f"config.held_out = {config.held_out} and {other} both say what to evaluate on: set "
+            "one of them."
         )
-    if config.center_coefficient < 0:
-        raise RunError(
-            f"config.center_coefficient is {config.center_coefficient}; expected 0 or more."
-        )
-    if config.loss != "pairwise":
-        for name in ("margins", "label_smoothing", "center_coefficient"):
-            if config[name]:
-                raise RunError(f"config.{name} is for config.loss = 'pairwise' only.")
-
-    def loss_sums(model: ScalarModel, batch: Batch) -> LossSums:
-        count = batch["margin"].shape[0]
-        scores = response_scores(model, batch).reshape(count, -1)
-        ranks = batch["ranks"].reshape(count, -1)
-        better = ranks[:, :, None] < ranks[:, None, :]  # false wherever a rank is nan
-        pairs = better.sum((1, 2))
-        values = _losses(config, scores, ranks, batch["margin"])
-        # A record whose responses all tie says nothing.
-        weight = (pairs > 0).astype(jnp.float32)
-        share = better / jnp.maximum(pairs, 1)[:, None, None]
-        first, second = scores[:, :, None], scores[:, None, :]
-        right = (first > second) + 0.5 * (first == second)
-        metrics = {
-            "rewards/chosen": first,
-            "rewards/rejected": second,
-            "rewards/margins": first - second,
-            "rewards/accuracies": right,
-        }
-        sums = {name: (share * value).sum() for name, value in metrics.items()}
-        return LossSums((weight * values).sum(), weight.sum(), sums)
-
-    return loss_sums
-
-
-def _losses(config: ConfigDict, scores, ranks, margin):
-    """`[B]` nats from scores and ranks `[B,K]`."""
-    if config.loss == "pairwise":
-        return ranking.bradley_terry_loss(
-            scores[:, 0],
-            scores[:, 1],
-            margin=margin,
-            label_smoothing=config.label_smoothing,
-            center_coefficient=config.center_coefficient,
-        )
-    if config.loss == "all_pairs":
-        return ranking.all_pairs_loss(scores, ranks)
-    # A response that is not there comes last and has no weight among those that are.
-    present = ~jnp.isnan(ranks)
-    scores = jnp.where(present, scores, _LOWEST)
-    ranks = jnp.where(present, ranks, jnp.inf)
-    if config.loss == "plackett_luce":
-        return ranking.plackett_luce_loss(scores, ranks)
-    return ranking.best_of_k_loss(scores, jnp.argmin(ranks, axis=1))
-
-
-def check(config: ConfigDict) -> None:
-    """Raises `RunError` for a config that no data and no model could make right."""
-    make_loss(config)
-    reward_normalization.check(config)
-    if config.ensemble < 1:
-        raise RunError(f"config.ensemble is {config.ensemble}; expected at least 1.")
-    offline.check_sizes(config)
-
-
-def sources(config: ConfigDict) -> list[Source]:
-    """Where records come from."""
-    data, kind = config.data, comparisons_kind(config)
-    comparisons = [(data.source, kind, data), (data.eval_source, kind, data)]
-    return [*comparisons, *reward_normalization.sources(config)]
-
-
-def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    """Trains every member, sets its zero and unit, saves all as one; returns the summary."""
-    check(config)
-    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
-    examples, held_out = load_comparisons(config, tokenizer)
-    mesh = pretrained.open_mesh(config)
-    reference = None
-    if config.normalization.kind != "none":
-        reference = reward_normalization.reference_texts(config, workdir, mesh)
-    folder = workdir.path / DIRECTORY
-    if not folder.exists():
-        # What a run killed while saving left behind is incomplete.
-        partial = workdir.path / f".{DIRECTORY}"
-        shutil.rmtree(partial, ignore_errors=True)
-        for member in range(config.ensemble):
-            model = train_member(config, workdir, member, examples)
-            data = config.data
-            scale = RewardScale(
-                max_length=data.max_length,
-                max_prompt_length=data.max_prompt_length or None,
-                min_prompt_length=data.min_prompt_length,
-            )
-            if reference is not None:
-                raw = RewardModel([(model, scale)], tokenizer, mesh=mesh).member_scores(*reference)
-                scale = reward_normalization.scale_from(config, raw[0], scale)
-            target = partial / str(member) if config.ensemble > 1 else partial
-            save_reward_model(model, tokenizer, target, scale=scale)
-            del model
-        if jax.process_index() == 0:
-            if config.ensemble > 1:
-                members = [str(member) for member in range(config.ensemble)]
-                write_json(partial / "reward.json", {"members": members})
-            os.replace(partial, folder)
-        if jax.process_count() > 1:  # who has written nothing goes on to read it
-            multihost_utils.sync_global_devices(f"saved {folder}")
-    return _report(config, workdir, mesh, held_out) if held_out else {}
-
-
-def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    """Accuracy and calibration of a finished run's model on `data.eval_source` or `held_out`."""
-    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
-    if config.data.eval_source:  # the data it was trained on may be gone
-        held_out = load_held_out(config, config.data.eval_source, tokenizer)
-    else:
-        held_out = load_comparisons(config, tokenizer)[1]
-    return _report(config, workdir, pretrained.open_mesh(config), held_out)
-
-
-def train_member(
-    config: ConfigDict, workdir: Workdir, member: int, examples: Sequence[Example]
-) -> ScalarModel:
-    """One trained model; members differ by their first head, their order and sample of the data."""
-    settings = config.copy_and_resolve_references()
-    # No seed of one ensemble is one of another's.
-    settings.seed = config.seed * config.ensemble + member
-    directory = workdir.path
-    description = config.loss
-    if config.ensemble > 1:
-        directory = directory / "members" / str(member)
-        directory.mkdir(parents=True, exist_ok=True)
-        description = f"{config.loss} {member + 1}/{config.ensemble}"
-        examples = [examples[i] for i in sample_with_replacement(len(examples), settings.seed)]
-    transformer, mesh = pretrained.open_model(settings)
-    transformer = without_unembedding(transformer)
-    model = ScalarModel(transformer, key=jax.random.key(settings.seed))
-    return offline.train(
-        settings,
-        directory,
-        model,
-        mesh,
-        examples,
-        make_loss(settings),
-        attach=attach,
-        description=description,
+    parsed, examples = _read(records, tokenizer, config)
+    examples, last = _without_the_last(examples, config)
+    loss, source = config.ranking_loss, f"{_in_words(records)}, the last {config.held_out}"
+    if held_out:
+        (parsed, last), source = _read(held_out, tokenizer, config), _in_words(held_out)
+    return Inputs(
+        as_rankings(examples, loss, margins=config.margin_of_strength),
+        records_to_judge(parsed, last, loss),
+        source,
+        reward_normalization.reference_texts(config.normalization, config, directory, mesh),
     )
 
 
-def _report(
-    config: ConfigDict, workdir: Workdir, mesh: Mesh, records: Sequence[Record]
-) -> dict[str, Any]:
-    """Accuracy and calibration of what was saved, scored as it will be; written to `report/`."""
+def _without_the_last(
+    examples: list[Example], config: Config
+) -> tuple[list[Example], list[Example]]:
+    """Those to train on, and the `config.held_out` others."""
+    kept = len(examples) - config.held_out
+    if kept <= 0:
+        has = "config.data.source has" if config.data.source else "there are"
+        raise RunError(f"config.held_out is {config.held_out}, and {has} {len(examples)} records.")
+    return examples[:kept], examples[kept:]
+
+
+def _read(
+    records: Comparisons, tokenizer: Any, config: Config
+) -> tuple[list[Record], list[Example]]:
+    kind = kind_of_records(config.ranking_loss)
+    parsed = records_of(records, config.data, kind=kind)
+    return parsed, tokenised(config.data, parsed, tokenizer, kind=kind)
+
+
+def _in_words(records: Comparisons) -> str:
+    return str(records) if isinstance(records, str | os.PathLike) else f"{len(records)} records"
+
+
+def train(
+    model: Transformer,
+    tokenizer: Any,
+    records: Comparisons | Inputs,
+    config: Config,
+    *,
+    held_out: Comparisons = (),
+    workdir: Workdir | str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
+    donate: bool = False,
+) -> Result:
+    """Fits a reward model, or an ensemble, to comparisons and sets its zero and unit.
+
+    Args:
+      model: each member starts from it.
+      records: comparisons (docs/data.md, kind `preference` or `ranked` by `config.loss`), or what
+        `read_inputs` made of them.
+      held_out: more of them; their accuracy and calibration are `summary["eval"]`. Leave it empty
+        to use the last `config.held_out` records, or where `records` are of `read_inputs`.
+      workdir: keeps checkpoints, metrics, the reward model (`WORKDIR/reward_model`) and a report,
+        so that the same call goes on where it was stopped. Without one nothing is left behind.
+      mesh: where to train; None keeps the model's placement.
+      donate: lets training use the model's memory. `model` is unusable afterwards.
+
+    Returns:
+      `model` is the `RewardModel`, as it was saved if there is a workdir. The metrics of an
+      ensemble name their `member`.
+
+    Raises:
+      RunError: sizes that do not fit data, model or machine; a loss that is not finite; see
+        `read_inputs`.
+      DataError: a record that cannot be used.
+    """
+    folder = Workdir.of(workdir, config)
+    directory = folder and folder.path
+    mesh = mesh or pretrained.mesh_of(model)
+    inputs = records
+    if not isinstance(inputs, Inputs):
+        inputs = read_inputs(
+            records, tokenizer, config, held_out=held_out, directory=directory, mesh=mesh
+        )
+    if directory is None:
+        members = [
+            train_member(model, tokenizer, inputs, config, number, mesh=mesh, donate=donate)
+            for number in range(config.ensemble)
+        ]
+        reward = RewardModel([one[:2] for one in members], tokenizer, mesh=mesh)
+        metrics = [one.metrics for one in members]
+    else:
+        train_and_save(model, tokenizer, inputs, config, directory, mesh=mesh, donate=donate)
+        del model  # before what was saved takes as much memory
+        reward = RewardModel.load(directory, mesh=mesh, compute_dtype=config.compute_dtype)
+        metrics = [read_metrics(folder) for folder in _member_directories(config, directory)]
+    if config.ensemble > 1:
+        metrics = [[row | {"member": i} for row in rows] for i, rows in enumerate(metrics)]
+    summary = _evaluated(reward, inputs.held_out, inputs.held_out_source, config, directory)
+    return Result(reward, [row for rows in metrics for row in rows], summary, directory)
+
+
+class Member(NamedTuple):
+    """One trained member, its scale, and the metrics of its training."""
+
+    model: ScalarModel
+    scale: RewardScale
+    metrics: list[dict[str, float]]
+
+
+def train_member(
+    model: Transformer,
+    tokenizer: Any,
+    inputs: Inputs,
+    config: Config,
+    number: int,
+    *,
+    mesh: Mesh,
+    directory: Path | None = None,
+    donate: bool,
+) -> Member:
+    """Trains member `number`; members differ by their first head, order and sample of the data.
+
+    Args:
+      directory: the member's; None keeps nothing on disk.
+      donate: lets the training of the last member use the memory of `model`.
+    """
+    # The seeds of one ensemble's members are no other ensemble's.
+    config = dataclasses.replace(config, seed=config.seed * config.ensemble + number)
+    examples, description = inputs.examples, config.loss
+    if config.ensemble > 1:
+        examples = [examples[i] for i in sample_with_replacement(len(examples), config.seed)]
+        description = f"{config.loss} {number + 1}/{config.ensemble}"
+    donate = donate and number == config.ensemble - 1
+    start = without_unembedding(model)
+    transformer, mesh = pretrained.as_configured(config, start, mesh, donate=donate)
+    trained, metrics = train_offline(
+        config,
+        directory,
+        ScalarModel(transformer, key=jax.random.key(config.seed)),
+        mesh,
+        examples,
+        functools.partial(loss_sums, config),
+        attach=attach,
+        description=description,
+    )
+    scale = RewardScale(
+        max_length=config.data.max_length,
+        max_prompt_length=config.data.max_prompt_length or None,
+        min_prompt_length=config.data.min_prompt_length,
+    )
+    if inputs.reference is not None:
+        raw = RewardModel([(trained, scale)], tokenizer, mesh=mesh)
+        scalars = raw.member_scores(*inputs.reference)[0]
+        scale = reward_normalization.normalized_scale(
+            scale, scalars, config.normalization, model=config.model
+        )
+    return Member(trained, scale, metrics)
+
+
+def train_and_save(
+    model: Transformer,
+    tokenizer: Any,
+    inputs: Inputs,
+    config: Config,
+    directory: Path,
+    *,
+    mesh: Mesh,
+    donate: bool,
+) -> None:
+    """Trains every member and saves all as one, unless that is done.
+
+    A run killed while saving leaves a hidden directory, which the next attempt removes: there is a
+    whole reward model in `directory` or none.
+    """
+    folder = directory / DIRECTORY
+    if folder.exists():
+        return
+    partial = directory / f".{DIRECTORY}"
+    shutil.rmtree(partial, ignore_errors=True)
+    for number, own in enumerate(_member_directories(config, directory)):
+        own.mkdir(parents=True, exist_ok=True)
+        member = train_member(
+            model, tokenizer, inputs, config, number, mesh=mesh, directory=own, donate=donate
+        )
+        target = partial / str(number) if config.ensemble > 1 else partial
+        save_reward_model(member.model, tokenizer, target, scale=member.scale)
+        del member
+    if jax.process_index() == 0:
+        if config.ensemble > 1:
+            members = [str(number) for number in range(config.ensemble)]
+            write_json(partial / "reward.json", {"members": members})
+        os.replace(partial, folder)
+    if jax.process_count() > 1:  # who has written nothing goes on to read it
+        multihost_utils.sync_global_devices(f"saved {folder}")
+
+
+def _member_directories(config: Config, directory: Path) -> list[Path]:
+    """Where each member keeps its checkpoints and metrics: a single one in the run's directory."""
+    if config.ensemble == 1:
+        return [directory]
+    return [directory / "members" / str(number) for number in range(config.ensemble)]
+
+
+def sources(config: Config) -> list[Source]:
+    """Where records come from."""
+    data, kind = config.data, kind_of_records(config.ranking_loss)
+    comparisons = [(data.source, kind, data), (data.eval_source, kind, data)]
+    return [*comparisons, *reward_normalization.sources(config.normalization, data)]
+
+
+def run(config: Config, workdir: Workdir) -> dict[str, Any]:
+    """`train` with the model and the data that the config names; returns the summary."""
+    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
+    mesh = pretrained.open_mesh(config)
+    inputs = read_inputs(
+        config.data.source,
+        tokenizer,
+        config,
+        held_out=config.data.eval_source,
+        directory=workdir.path,
+        mesh=mesh,
+    )
+    # The model has no other name, so that `train` can give its memory back.
+    result = train(
+        without_unembedding(pretrained.load_pretrained(config, config.model, mesh)),
+        tokenizer,
+        inputs,
+        config,
+        workdir=workdir,
+        mesh=mesh,
+        donate=True,
+    )
+    return result.summary
+
+
+def evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
+    """Accuracy and calibration of a finished run's model on `data.eval_source` or `held_out`."""
+    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
+    source = config.data.eval_source
+    if source:  # the data it was trained on may be gone
+        records, examples = _read(source, tokenizer, config)
+    else:
+        records, examples = _read(config.data.source, tokenizer, config)
+        _, examples = _without_the_last(examples, config)
+        source = f"{config.data.source}, the last {config.held_out}"
+    held_out = records_to_judge(records, examples, config.ranking_loss)
+    mesh = pretrained.open_mesh(config)
     reward = RewardModel.load(workdir.path, mesh=mesh, compute_dtype=config.compute_dtype)
+    return _evaluated(reward, held_out, source, config, workdir.path)
+
+
+def _evaluated(
+    reward: RewardModel,
+    records: Sequence[Record],
+    source: str,
+    config: Config,
+    directory: Path | None,
+) -> dict[str, Any]:
+    """Accuracy and calibration on records from `source`, and a report of them in the directory."""
+    if not records:
+        return {}
+    scores = _member_log_odds(reward, records)
+    pairs = pairs_of(records, reward.mean_log_odds(scores))
+    summary = calibrate(**pairs)
+    if len(scores) > 1:
+        of_members = [pairs_of(records, own) for own in scores]
+        differences = [np.subtract(own["chosen"], own["rejected"]) for own in of_members]
+        summary["ensemble"] = {
+            "accuracy": [accuracy(own["chosen"], own["rejected"]) for own in of_members],
+            # Differences, since the zero of each member's log-odds is arbitrary.
+            "disagreement": float(np.std(differences, axis=0).mean()),
+        }
+    if directory is not None:
+        print(format_calibration(summary))
+        page = write_calibration_report(
+            directory / "report",
+            title=f"Reward model ({config.loss}) on {config.model}",
+            summary=summary | {"data": source, "config": config.to_dict()},
+            curves=read_metrics(directory) if len(scores) == 1 else (),
+            chosen=np.array(pairs["chosen"]),
+            rejected=np.array(pairs["rejected"]),
+        )
+        print(f"Report: {page}")
+    # The rows of the report's curves are in its summary.json.
+    return {"eval": {name: value for name, value in summary.items() if name not in _DETAILS}}
+
+
+def _member_log_odds(reward: RewardModel, records: Sequence[Record]) -> np.ndarray:
+    """`RewardModel.member_log_odds` of all responses of the records, `[members, N]`."""
+    parts = []
     with progress(description="scoring", total=len(records), unit="record") as bar:
-        parts = []
         for start in range(0, len(records), SCORED_TOGETHER):
             part = records[start : start + SCORED_TOGETHER]
             parts.append(reward.member_log_odds(*texts_of(part)))
             bar.update(len(part))
-    members = np.concatenate(parts, axis=1)
-    pairs = pairs_of(records, reward.mean_log_odds(members))
-    summary = calibrate(**pairs)
-    if len(members) > 1:
-        of_members = [pairs_of(records, one) for one in members]
-        differences = [np.subtract(one["chosen"], one["rejected"]) for one in of_members]
-        summary["ensemble"] = {
-            "accuracy": [accuracy(one["chosen"], one["rejected"]) for one in of_members],
-            # Of differences: the zero of each member's log-odds is its own.
-            "disagreement": float(np.std(differences, axis=0).mean()),
-        }
-    source = config.data.eval_source or f"{config.data.source}, the last {config.held_out}"
-    print(format_calibration(summary))
-    page = write_calibration_report(
-        workdir.path / "report",
-        title=f"Reward model ({config.loss}) on {config.model}",
-        summary=summary | {"data": source, "config": config.to_dict()},
-        curves=read_metrics(workdir.path) if len(members) == 1 else (),
-        chosen=np.array(pairs["chosen"]),
-        rejected=np.array(pairs["rejected"]),
-    )
-    print(f"Report: {page}")
-    # The rows of the report's curves are in its summary.json.
-    return {"eval": {k: v for k, v in summary.items() if k not in _DETAILS}}
+    return np.concatenate(parts, axis=1)

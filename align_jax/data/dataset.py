@@ -64,6 +64,19 @@ class Data(Settings, key="config.data"):
 Records = Sequence[Mapping[str, Any]] | Sequence[Example] | str | os.PathLike
 
 
+def records_of(
+    records: Sequence[Mapping[str, Any]] | str | os.PathLike, data: Data, *, kind: str
+) -> list[Record]:
+    """Reads a source, or checks records from Python.
+
+    Raises:
+      DataError: a source that cannot be read, or a record that cannot be used.
+    """
+    if isinstance(records, str | os.PathLike):
+        return load_as_configured(data, records, kind=kind)
+    return [parse_record(one, kind=kind, where=f"records[{i}]") for i, one in enumerate(records)]
+
+
 def examples_of(records: Records, tokenizer: Any, data: Data, *, kind: str) -> list[Example]:
     """Reads, checks and tokenises records before anything is computed; no source, no examples.
 
@@ -75,12 +88,11 @@ def examples_of(records: Records, tokenizer: Any, data: Data, *, kind: str) -> l
     if isinstance(records, str | os.PathLike):
         if not records:
             return []
-        return tokenised(data, load_as_configured(data, records, kind=kind), tokenizer, kind=kind)
-    records = list(records)
-    if all(isinstance(one, Example) for one in records):
-        return records
-    parsed = [parse_record(one, kind=kind, where=f"records[{i}]") for i, one in enumerate(records)]
-    return tokenised(data, parsed, tokenizer, kind=kind)
+    else:
+        records = list(records)
+        if all(isinstance(one, Example) for one in records):
+            return records
+    return tokenised(data, records_of(records, data, kind=kind), tokenizer, kind=kind)
 
 
 def tokenised(data: Data, records: Sequence[Record], tokenizer: Any, *, kind: str) -> list[Example]:

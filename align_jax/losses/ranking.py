@@ -1,7 +1,13 @@
 """Losses that fit a reward model to comparisons, and the game that comparisons define.
 
 Rewards are on the scale where a difference of 1 is one nat of log-odds. Rank 0 is best.
+
+After each loss that a reward model can be trained with stands its `RankingLoss`, which says what it
+reads and which options are its own. `LOSSES` holds all of them by name.
 """
+
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +15,11 @@ from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 
 from align_jax.losses._inputs import as_float, as_mask, is_number, require, same_shape_floats
+from align_jax.losses._options import Option
 
 __all__ = [
+    "LOSSES",
+    "RankingLoss",
     "all_pairs_loss",
     "best_of_k_loss",
     "bradley_terry_loss",
@@ -18,6 +27,51 @@ __all__ = [
     "plackett_luce_loss",
     "process_reward_loss",
 ]
+
+# The reward of a response that is not there. Its exp is 0, and unlike minus infinity it gives
+# differences, and gradients, that are not nan.
+_LOWEST = -1e30
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RankingLoss:
+    """A loss with everything that a trainer of reward models must know of it.
+
+        loss = LOSSES["pairwise"]
+        loss({"rewards": rewards, "margin": margin}, label_smoothing=0.1)  # [B] nats
+
+    An example is a ranking of up to K responses, or a pair with the chosen response first. The
+    names that `reads` may hold:
+
+        rewards  [B,K] floats, in the order of the responses
+        ranks    [B,K] floats, 0 is best; nan where an example has fewer than K responses
+        margin   [B] floats, by how much the chosen response of a pair should win
+
+    Whoever reads `ranks` is `ranked` and learns from rankings, the others learn from pairs.
+    """
+
+    name: str
+    # Takes the values of `reads` in their order, then the options as keywords.
+    function: Callable[..., jax.Array]
+    reads: tuple[str, ...]
+    options: tuple[Option, ...] = ()
+    # Whether it asks of a ranking only which response is best: exactly one must have rank 0.
+    only_best: bool = False
+
+    @property
+    def ranked(self) -> bool:
+        """Whether an example is a ranking, and not a pair."""
+        return "ranks" in self.reads
+
+    def __call__(self, values: Mapping[str, jax.Array], **options: ArrayLike) -> jax.Array:
+        """The loss [B] in nats, from the arrays that `reads` names and the loss's own options."""
+        return self.function(*(values[name] for name in self.reads), **options)
+
+
+def _filled(rewards: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Responses that are not there come last, and weigh nothing beside those that are."""
+    present = ~jnp.isnan(ranks)
+    return jnp.where(present, rewards, _LOWEST), jnp.where(present, ranks, jnp.inf)
 
 
 def bradley_terry_loss(
@@ -57,6 +111,21 @@ def bradley_terry_loss(
     return loss + center_coefficient * (chosen + rejected) ** 2
 
 
+def _first_beats_second(rewards: jax.Array, margin: jax.Array, **options: ArrayLike) -> jax.Array:
+    return bradley_terry_loss(rewards[:, 0], rewards[:, 1], margin=margin, **options)
+
+
+PAIRWISE = RankingLoss(
+    "pairwise",
+    _first_beats_second,
+    ("rewards", "margin"),
+    options=(
+        Option("label_smoothing", least=0.0, below=0.5),
+        Option("center_coefficient", least=0.0),
+    ),
+)
+
+
 def best_of_k_loss(rewards: ArrayLike, best: ArrayLike) -> jax.Array:
     """Cross-entropy of the response a person picked out of K.
 
@@ -81,6 +150,14 @@ def best_of_k_loss(rewards: ArrayLike, best: ArrayLike) -> jax.Array:
     )
     picked = jnp.take_along_axis(rewards, best[..., None], axis=-1, mode="fill")[..., 0]
     return jax.nn.logsumexp(rewards, axis=-1) - picked
+
+
+def _first_rank_is_best(rewards: jax.Array, ranks: jax.Array) -> jax.Array:
+    rewards, ranks = _filled(rewards, ranks)
+    return best_of_k_loss(rewards, jnp.argmin(ranks, axis=1))
+
+
+BEST_OF_K = RankingLoss("best_of_k", _first_rank_is_best, ("rewards", "ranks"), only_best=True)
 
 
 def _ranked(rewards: ArrayLike, ranks: ArrayLike) -> tuple[jax.Array, jax.Array]:
@@ -113,6 +190,10 @@ def all_pairs_loss(rewards: ArrayLike, ranks: ArrayLike) -> jax.Array:
     return jnp.where(better, losses, 0.0).sum((-2, -1)) / jnp.maximum(better.sum((-2, -1)), 1)
 
 
+# A nan is neither below nor above a rank, so responses that are not there form no pair.
+ALL_PAIRS = RankingLoss("all_pairs", all_pairs_loss, ("rewards", "ranks"))
+
+
 def plackett_luce_loss(rewards: ArrayLike, ranks: ArrayLike) -> jax.Array:
     """Negative log-likelihood of a whole order of K responses under Plackett-Luce.
 
@@ -133,6 +214,18 @@ def plackett_luce_loss(rewards: ArrayLike, ranks: ArrayLike) -> jax.Array:
     remaining = ranks[..., None, :] >= ranks[..., :, None]
     candidates = jnp.broadcast_to(rewards[..., None, :], remaining.shape)
     return (jax.nn.logsumexp(candidates, axis=-1, where=remaining) - rewards).sum(-1)
+
+
+def _plackett_luce(rewards: jax.Array, ranks: jax.Array) -> jax.Array:
+    return plackett_luce_loss(*_filled(rewards, ranks))
+
+
+PLACKETT_LUCE = RankingLoss("plackett_luce", _plackett_luce, ("rewards", "ranks"))
+
+
+LOSSES: dict[str, RankingLoss] = {
+    loss.name: loss for loss in (PAIRWISE, BEST_OF_K, ALL_PAIRS, PLACKETT_LUCE)
+}
 
 
 def process_reward_loss(rewards: ArrayLike, labels: ArrayLike, mask: ArrayLike) -> jax.Array:

@@ -87,7 +87,7 @@ class Config(Settings):
         self.at_least(0, "seed")
         self.at_least(1, "rounds", "prompts")
         self.at_least(2, "samples")
-        if comparisons_kind(self.reward_model) != "ranked":
+        if not self.reward_model.ranking_loss.ranked:
             raise RunError(
                 f"config.reward_model.loss is {self.reward_model.loss!r}, but the rounds make "
                 "rankings: expected best_of_k, all_pairs (for two samples the same as pairwise) or "
@@ -157,7 +157,7 @@ def sources(config: Config) -> list[Source]:
     reward = config.reward_model
     return [
         *policy_gradient.sources(config.policy),
-        *reward_normalization.sources(reward),
+        *reward_normalization.sources(reward.normalization, reward.data),
         (reward.data.source, "preference", reward.data),
     ]
 
@@ -257,7 +257,7 @@ def _reward_config(config: Config, folder: Path, number: int) -> reward_model.Co
         for record in Phases(folder / f"round_{past}").read("comparisons")
     ]
     records = [record for record in compared if len(set(record["ranks"])) > 1]
-    if config.reward_model.loss == "best_of_k":
+    if config.reward_model.ranking_loss.only_best:
         # A shared first place names no best one.
         records = [record for record in records if record["ranks"].count(0) == 1]
     if left_out := len(compared) - len(records):

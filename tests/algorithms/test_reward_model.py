@@ -1,6 +1,7 @@
-"""Reward models: every loss against brute force, scores where they belong, and whole runs."""
+"""Reward models: every loss against brute force, scores where they belong, settings refused."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.algorithms import reward_model
-from align_jax.algorithms.comparisons import attach, prepare
-from align_jax.algorithms.reward_model import make_loss
-from align_jax.data import batching, dataset
+from align_jax.algorithms.comparisons import as_rankings, attach
+from align_jax.algorithms.reward_model import Config, loss_sums
+from align_jax.data import batching
+from align_jax.data.dataset import Data
 from align_jax.data.tokenise import Example
 from align_jax.errors import RunError
 from align_jax.models.heads import ScalarModel, response_scores
@@ -52,7 +53,7 @@ def score_alone(model, prompt, response):
 
 
 def batch_of(examples, *, rows=0):
-    data = dataset.default_data_config(batch_size=len(examples), rows=rows)
+    data = Data(batch_size=len(examples), rows=rows)
     batch = batching.make_collate(data, attach)(examples)
     return jax.tree.map(jnp.asarray, batch)
 
@@ -71,7 +72,7 @@ def test_the_score_is_that_of_the_last_real_token_for_every_length_with_and_with
         examples.append(one)
     expected = [score_alone(model, e.prompt, r) for e in examples for r in e.responses]
     for rows in (0, 3):  # a row each, and packed
-        scores = response_scores(model, batch_of(prepare(CONFIG(), examples), rows=rows))
+        scores = response_scores(model, batch_of(prepare(Config(), examples), rows=rows))
         np.testing.assert_allclose(scores, expected, atol=2e-5)
     assert np.std(expected) > 0.1
 
@@ -102,10 +103,9 @@ KEY = jax.random.key(0)
 # --- losses
 
 
-def CONFIG(**overrides):
-    config = reward_model.default_reward_model_config()
-    config.update(overrides)
-    return config
+def prepare(config, examples):
+    """Examples as a run trains on them."""
+    return as_rankings(examples, config.ranking_loss, margins=config.margin_of_strength)
 
 
 def log_sigmoid(x):
@@ -128,15 +128,15 @@ def test_k_wise_records_in_one_batch_are_the_brute_force_loop_over_their_pairs(m
             losses.append(np.mean([-log_sigmoid(d) for d in ordered]))
             accuracies.append(np.mean([d > 0 for d in ordered]))
             margins.append(np.mean(ordered))
-    config = CONFIG(loss="all_pairs")
+    config = Config(loss="all_pairs")
     prepared = prepare(config, examples)
-    sums = make_loss(config)(model, batch_of(prepared, rows=2))
+    sums = loss_sums(config, model, batch_of(prepared, rows=2))
     assert float(sums.weight) == 4
     np.testing.assert_allclose(sums.loss, np.sum(losses), rtol=1e-5)
     np.testing.assert_allclose(sums.metrics["rewards/accuracies"], np.sum(accuracies), rtol=1e-6)
     np.testing.assert_allclose(sums.metrics["rewards/margins"], np.sum(margins), atol=1e-5)
     # Without ties a record of K is weighted by 1 / (K choose 2): the mean over its pairs.
-    gradient = jax.grad(lambda m: make_loss(config)(m, batch_of(prepared)).loss)(model)
+    gradient = jax.grad(lambda m: loss_sums(config, m, batch_of(prepared)).loss)(model)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert float(jnp.abs(gradient.head.head_kernel[...]).max()) > 1e-3
 
@@ -155,9 +155,9 @@ def test_losses_over_k_responses_with_different_k_in_one_batch(model, loss):
         by_rank = scores[np.argsort(ranks)]
         last = len(ranks) - 1 if loss == "plackett_luce" else 1
         expected += sum(np.log(np.exp(by_rank[i:]).sum()) - by_rank[i] for i in range(last))
-    config = CONFIG(loss=loss)
+    config = Config(loss=loss)
     batch = batch_of(prepare(config, examples))
-    value, gradient = jax.value_and_grad(lambda m: make_loss(config)(m, batch).loss)(model)
+    value, gradient = jax.value_and_grad(lambda m: loss_sums(config, m, batch).loss)(model)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
@@ -166,8 +166,8 @@ def test_what_a_pair_costs_with_margin_smoothing_and_centre(model):
     rng = np.random.default_rng(4)
     margins = (0.0, 0.5, 2.0)
     examples = [example(rng, (4, 6), id=i, margin=m) for i, m in enumerate(margins)]
-    config = CONFIG(label_smoothing=0.1, center_coefficient=0.01)
-    sums = make_loss(config)(model, batch_of(prepare(config, examples)))
+    config = Config(label_smoothing=0.1, center_coefficient=0.01)
+    sums = loss_sums(config, model, batch_of(prepare(config, examples)))
     expected = 0.0
     for one, margin in zip(examples, margins):
         a, b = (score_alone(model, one.prompt, response) for response in one.responses)
@@ -181,13 +181,14 @@ def test_margins_from_strengths_are_llama_2s_table():
 
     def margins(table, strengths):
         examples = [example(rng, (2, 2), strength=s) for s in strengths]
-        return [e.extras["margin"] for e in prepare(CONFIG(margins=table), examples)]
+        return [e.extras["margin"] for e in prepare(Config(margins=table), examples)]
 
     assert margins("llama2_large", [3.0, 2.0, 1.0, 0.0]) == [3, 2, 1, 0]
     assert margins("llama2_small", [3.0, 2.0, 1.0, 0.0]) == pytest.approx([1, 2 / 3, 1 / 3, 0])
-    config = reward_model.default_reward_model_config()
-    with config.ignore_type():
-        config.margins = {"much": 1.5, "2": 0.25}
+    edited = Config().to_config_dict()
+    with edited.ignore_type():
+        edited.margins = {"much": 1.5, "2": 0.25}
+    config = Config.from_dict(edited)
     named = [example(rng, (2, 2), strength=s) for s in ("much", 2.0)]
     assert [e.extras["margin"] for e in prepare(config, named)] == [1.5, 0.25]
     with pytest.raises(RunError, match="file:0: strength 'some' is not in config.margins"):
@@ -200,10 +201,10 @@ def test_margins_from_strengths_are_llama_2s_table():
 
 def test_batches_of_any_mixture_of_k_share_one_compilation(model):
     rng = np.random.default_rng(6)
-    config = CONFIG(loss="all_pairs")
+    config = Config(loss="all_pairs")
     records = [example(rng, (3,) * k, id=k, ranks=list(range(k))) for k in (2, 3, 4, 2, 4, 4)]
     prepared = prepare(config, records)
-    step = jax.jit(make_loss(config))
+    step = jax.jit(functools.partial(loss_sums, config))
     for start in (0, 2, 4):
         step(model, batch_of(prepared[start : start + 2]))
     assert step._cache_size() == 1
@@ -211,7 +212,42 @@ def test_batches_of_any_mixture_of_k_share_one_compilation(model):
 
 def test_ranks_that_say_nothing_are_refused():
     with pytest.raises(RunError, match="all 1 records rank all of their completions alike"):
-        prepare(CONFIG(loss="all_pairs"), [example(np.random.default_rng(0), (2, 2), ranks=[1, 1])])
+        prepare(Config(loss="all_pairs"), [example(np.random.default_rng(0), (2, 2), ranks=[1, 1])])
     examples = [example(np.random.default_rng(0), (2, 2, 2), ranks=[0, 0, 1])]
     with pytest.raises(RunError, match="file:0: 2 completions have rank 0"):
-        prepare(CONFIG(loss="best_of_k"), examples)
+        prepare(Config(loss="best_of_k"), examples)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "pair"}, "config.loss is 'pair'; expected one of pairwise, best_of_k"),
+        (
+            {"loss": "all_pairs", "label_smoothing": 0.1},
+            "config.label_smoothing is 0.1, but label_smoothing is for config.loss = 'pairwise' "
+            "only: leave it at 0.0",
+        ),
+        ({"loss": "best_of_k", "center_coefficient": 0.1}, "is for .*'pairwise' only"),
+        ({"loss": "plackett_luce", "margins": "llama2_small"}, "margins is for .*'pairwise' only"),
+        ({"loss": "all_pairs", "margins": {"1": 1.0}}, "margins is for .*'pairwise' only"),
+        ({"label_smoothing": 0.5}, "config.label_smoothing is 0.5; expected at least 0 and below"),
+        ({"label_smoothing": math.nan}, "config.label_smoothing is nan; expected a finite number"),
+        ({"center_coefficient": -1.0}, "config.center_coefficient is -1.0; expected .* at least 0"),
+        ({"margins": {"strong": "2"}}, r"config.margins\['strong'\] is '2'; expected a finite"),
+        ({"margins": {"strong": math.inf}}, r"config.margins\['strong'\] is inf; expected"),
+        ({"margins": 2.0}, "config.margins is 2.0; expected a string or a mapping"),
+        ({"margin": "llama2_small"}, "no field 'margin'. Did you mean 'margins'"),
+        ({"ensemble": 0}, "config.ensemble is 0; expected at least 1"),
+        ({"held_out": -1}, "config.held_out is -1; expected at least 0"),
+        ({"normalization": {"kind": "std"}}, "normalization.kind is 'std'; expected one of none"),
+        ({"normalization": {"kind": "mean"}}, "needs config.normalization.source"),
+        ({"normalization": {"limit": 3}}, "limit is 3, but config.normalization.kind is 'none'"),
+        (
+            {"normalization": {"kind": "mean", "source": "texts.jsonl", "max_new_tokens": 3}},
+            "max_new_tokens is 3, but config.normalization.policy is ''",
+        ),
+    ],
+)
+def test_settings_that_say_nothing_or_nonsense_are_refused(settings, message):
+    with pytest.raises(RunError, match=message):
+        Config.from_dict(settings)

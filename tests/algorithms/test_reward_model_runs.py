@@ -1,5 +1,6 @@
 """Whole runs of reward models: what is learnt, saved, judged and refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 
 from align_jax.algorithms import reward_model, sft
+from align_jax.data import sources
 from align_jax.data.builtin import load_builtin
+from align_jax.data.dataset import Data
 from align_jax.errors import DataError, RunError
-from align_jax.models.interchange import load_model
+from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.rewards.model import RewardModel
 from align_jax.training import offline, pretrained
 from align_jax.training.metrics import read_metrics
+from align_jax.training.optimizer import Optimizer
 from align_jax.training.signals import Interrupted
 from align_jax.training.workdir import Workdir
 from align_jax.trees import flatten
@@ -104,13 +108,13 @@ def test_an_ensemble_learns_from_samples_of_the_data_and_its_mean_is_judged(
     overrides |= {"normalization.kind": "mean_std", "normalization.source": "builtin:tiny_sft"}
     config = tiny_config("reward_model", FAST | overrides)
     workdir = Workdir(tmp_path, config)
-    train, learnt_from = offline.train, []
+    train_offline, learnt_from = reward_model.train_offline, []
 
     def spy(config, directory, model, mesh, examples, *args, **kwargs):
         learnt_from.append([example.id for example in examples])
-        return train(config, directory, model, mesh, examples, *args, **kwargs)
+        return train_offline(config, directory, model, mesh, examples, *args, **kwargs)
 
-    monkeypatch.setattr(offline, "train", spy)
+    monkeypatch.setattr(reward_model, "train_offline", spy)
     summary = reward_model.run(config, workdir)["eval"]
     # As many as there are, drawn with replacement: some twice, about a third not at all.
     assert learnt_from[0] != learnt_from[1]
@@ -205,7 +209,7 @@ def test_interrupted_while_training_and_while_saving_it_ends_with_the_same_model
         a, b = (run.path / "reward_model" / name for run in (whole, cut))
         assert a.read_bytes() == b.read_bytes()
     # Killed after that and before it was finished, it trains nothing again.
-    monkeypatch.setattr(offline, "train", pytest.fail)
+    monkeypatch.setattr(reward_model, "train_offline", pytest.fail)
     again = reward_model.run(config, cut)
     assert numbers(again) == pytest.approx(numbers(summary), rel=1e-4)
 
@@ -253,7 +257,116 @@ def test_it_starts_from_the_run_of_another_algorithm(tiny_config, tmp_path):
 def test_a_wrong_config_is_refused_before_anything_is_computed(
     tiny_config, tmp_path, monkeypatch, overrides, message
 ):
-    monkeypatch.setattr(pretrained, "open_model", pytest.fail)
-    config = tiny_config("reward_model", overrides)
+    monkeypatch.setattr(pretrained, "load_pretrained", pytest.fail)
     with pytest.raises((RunError, DataError), match=message):
+        config = tiny_config("reward_model", overrides)
         reward_model.run(config, Workdir(tmp_path, config))
+
+
+# From Python. Which response is better shows at its first letter.
+PAIRS = [
+    {"prompt": f"{i} or {j}?", "chosen": " yes" * (1 + i % 3), "rejected": " no" * (1 + j % 3)}
+    for i in range(6)
+    for j in range(6)
+]
+FROM_PYTHON = reward_model.Config(
+    model="tiny",
+    num_steps=40,
+    ensemble=2,
+    optimizer=Optimizer(learning_rate=1e-2),
+    data=Data(batch_size=8, max_length=64, length_buckets=(64,)),
+    normalization=reward_model.Normalization(kind="mean_std", source="builtin:tiny_sft", limit=8),
+)
+TEXTS = ([r for r in PAIRS[:4] for _ in SIDES], [r[name] for r in PAIRS[:4] for name in SIDES])
+
+
+def test_an_ensemble_trains_from_python_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
+    before = flatten(jax.tree.map(np.asarray, model))
+    result = reward_model.train(model, tokenizer, PAIRS[:30], FROM_PYTHON, held_out=PAIRS[30:])
+    assert isinstance(result.model, RewardModel) and len(result.model.members) == 2
+    assert result.summary["eval"]["pairs"] == 6 and result.summary["eval"]["accuracy"] == 1
+    assert [(row["member"], row["step"]) for row in result.metrics] == [
+        (member, step) for member in (0, 1) for step in range(1, 41)
+    ]
+    rewards = result.model(*TEXTS)
+    assert (rewards[::2] > rewards[1::2]).all()
+    demonstrations = load_builtin("tiny_sft")[:8]
+    each = result.model.member_scores(demonstrations, [r["completion"] for r in demonstrations])
+    np.testing.assert_allclose(each.mean(1), 0, atol=1e-4)
+    np.testing.assert_allclose(each.std(1), 1, atol=1e-4)
+    assert result.workdir is None and not list(tmp_path.iterdir())
+    for name, leaf in flatten(model).items():
+        np.testing.assert_array_equal(before[name], leaf, err_msg=name)
+
+    # In a directory it is the same model, and the one that anybody reads there.
+    kept = reward_model.train(
+        model, tokenizer, PAIRS[:30], FROM_PYTHON, held_out=PAIRS[30:], workdir=tmp_path / "run"
+    )
+    assert [row["loss"] for row in kept.metrics] == [row["loss"] for row in result.metrics]
+    np.testing.assert_array_equal(kept.model(*TEXTS), RewardModel.load(tmp_path / "run")(*TEXTS))
+    np.testing.assert_allclose(kept.model(*TEXTS), rewards, atol=1e-5)
+    report = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    assert report["data"] == "6 records"
+    # Called again, it trains nothing again.
+    monkeypatch.setattr(reward_model, "train_offline", pytest.fail)
+    again = reward_model.train(
+        model, tokenizer, PAIRS[:30], FROM_PYTHON, held_out=PAIRS[30:], workdir=tmp_path / "run"
+    )
+    assert again.metrics == kept.metrics and again.summary == kept.summary
+
+
+def test_reference_samples_of_a_run_from_python_stay_in_memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    normalization = reward_model.Normalization(
+        kind="mean_std", source="builtin:review_openings", policy="tiny", limit=6, max_new_tokens=8
+    )
+    config = dataclasses.replace(
+        FROM_PYTHON, ensemble=1, num_steps=1, held_out=4, normalization=normalization
+    )
+    result = reward_model.train(load_model("tiny"), load_tokenizer("tiny"), PAIRS, config)
+    [(_, scale)] = result.model.members
+    assert scale.origin["texts"] == 6 and scale.gain == pytest.approx(1 / scale.origin["std"])
+    assert result.summary["eval"]["pairs"] == 4 and "member" not in result.metrics[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("records", "held_out", "changes", "message"),
+    [
+        ([PAIRS[0], {"prompt": "x"}], (), {}, r"records\[1\]: field"),
+        (PAIRS, [{"prompt": "x"}], {}, r"records\[0\]: field"),
+        (PAIRS, PAIRS[:2], {"held_out": 2}, "held_out = 2 and the argument held_out both say"),
+        (PAIRS[:3], (), {"held_out": 3}, "config.held_out is 3, and there are 3 records"),
+        (PAIRS, (), {"loss": "all_pairs"}, r"records\[0\]: .* record of kind 'preference'"),
+        ([], (), {}, "there are no records"),
+    ],
+)
+def test_wrong_records_from_python_are_named_before_training(
+    monkeypatch, records, held_out, changes, message
+):
+    monkeypatch.setattr(reward_model, "train_offline", pytest.fail)
+    config = dataclasses.replace(FROM_PYTHON, **changes)
+    with pytest.raises((RunError, DataError), match=message):
+        model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
+        reward_model.train(model, tokenizer, records, config, held_out=held_out)
+
+
+def test_sources_are_read_once(tiny_config, tmp_path, monkeypatch):
+    load_records, read = sources.load_records, []
+
+    def spy(source, **kwargs):
+        read.append(source)
+        return load_records(source, **kwargs)
+
+    monkeypatch.setattr(sources, "load_records", spy)
+    overrides = {"data.eval_source": "builtin:tiny_chat_preferences", "num_steps": 1}
+    overrides |= {"normalization.kind": "mean", "normalization.source": "builtin:tiny_sft"}
+    config = tiny_config("reward_model", overrides)
+    reward_model.run(config, Workdir(tmp_path, config))
+    assert read == [
+        "builtin:tiny_preferences",
+        "builtin:tiny_chat_preferences",
+        "builtin:tiny_sft",
+    ]

@@ -8,7 +8,7 @@ import sys
 
 import jax
 
-from align_jax.algorithms import algorithm_of
+from align_jax.algorithms import algorithm_of, settings_of
 from align_jax.config import load_config
 from align_jax.distributed.mesh import initialize_distributed
 from align_jax.training.workdir import Workdir
@@ -35,7 +35,7 @@ def run(workdir: pathlib.Path) -> None:
         for key, value in settings.items():
             value = workdir / value if key == "reward.path" else value
             overrides.append(f"--config.{key}={value}")
-        config = load_config(f"{EXPERIMENTS / name}.py:scale=tiny", overrides)
+        config = settings_of(load_config(f"{EXPERIMENTS / name}.py:scale=tiny", overrides))
         algorithm_of(config).run(config, Workdir(workdir / name, config))
 
 

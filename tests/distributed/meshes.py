@@ -1,5 +1,6 @@
 """Run by test_meshes.py under eight forced CPU devices: DPO, rewards, sampling on three meshes."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -7,7 +8,7 @@ import sys
 import jax
 import numpy as np
 
-from align_jax.algorithms import comparisons, preference, reward_model
+from align_jax.algorithms import comparisons, preference, reward_model, settings_of
 from align_jax.config import load_config
 from align_jax.data import batching, dataset
 from align_jax.distributed import mesh as meshes
@@ -110,16 +111,18 @@ def through_train(directory, sizes):
 
 def rewards(mesh):
     """The loss of a batch of rankings, two records a row, and the rewards of texts."""
-    c = load_config(f"{CONFIG.with_name('reward_model.py')}:scale=tiny")
-    c.update(loss="all_pairs")
-    c.data.update(source="builtin:tiny_ranked", rows=8, limit=16)
+    overrides = ["loss=all_pairs", "data.source=builtin:tiny_ranked", "data.rows=8"]
+    items = [f"--config.{item}" for item in [*overrides, "data.limit=16"]]
+    c = settings_of(load_config(f"{CONFIG.with_name('reward_model.py')}:scale=tiny", items))
     tokenizer = load_tokenizer("tiny")
-    examples, _ = comparisons.load_comparisons(c, tokenizer)
+    inputs = reward_model.read_inputs(
+        c.data.source, tokenizer, c, held_out="", directory=None, mesh=mesh
+    )
     model = ScalarModel(load_model("tiny", mesh=mesh), key=jax.random.key(1))
-    batch = batching.make_collate(c.data, comparisons.attach)(examples)
+    batch = batching.make_collate(c.data, comparisons.attach)(inputs.examples)
     with jax.set_mesh(mesh):
         placed = place_batch(batch, mesh, accumulated=False)
-        loss = float(jax.jit(reward_model.make_loss(c))(model, placed).loss)
+        loss = float(jax.jit(functools.partial(reward_model.loss_sums, c))(model, placed).loss)
     reward = RewardModel([(model, RewardScale())], tokenizer, mesh=mesh)
     texts = [" a" * n for n in range(1, 60, 5)]
     return np.array([loss, *reward([{"prompt": "b"}] * len(texts), texts)])

@@ -22,7 +22,10 @@ from tests.losses.cases import CASES, B, T
 
 MODULES = (distillation, policy_gradient, preference, ranking)
 # Public names that are no functions; tested in `test_loss_objects.py`.
-OBJECTS = {preference: {"LOSSES", "Option", "PreferenceLoss", "Running"}}
+OBJECTS = {
+    preference: {"LOSSES", "Option", "PreferenceLoss", "Running"},
+    ranking: {"LOSSES", "RankingLoss"},
+}
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 

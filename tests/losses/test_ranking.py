@@ -15,6 +15,45 @@ from align_jax.losses import ranking
 
 rng = np.random.default_rng(0)
 
+RANKED = [name for name, loss in ranking.LOSSES.items() if loss.ranked]
+
+
+def test_what_each_loss_says_of_itself():
+    assert list(ranking.LOSSES) == ["pairwise", "best_of_k", "all_pairs", "plackett_luce"]
+    assert RANKED == ["best_of_k", "all_pairs", "plackett_luce"]
+    options = {name: [o.name for o in loss.options] for name, loss in ranking.LOSSES.items()}
+    assert options.pop("pairwise") == ["label_smoothing", "center_coefficient"]
+    assert not any(options.values())
+    assert [loss.name for loss in ranking.LOSSES.values() if loss.only_best] == ["best_of_k"]
+
+
+def test_a_pair_is_its_two_responses_its_margin_and_the_options():
+    rewards, margin = rng.normal(size=(5, 2)).astype(np.float32), np.ones(5, np.float32)
+    options = {"label_smoothing": 0.2, "center_coefficient": 0.1}
+    values = {"rewards": rewards, "margin": margin}
+    np.testing.assert_array_equal(
+        ranking.LOSSES["pairwise"](values, **options),
+        ranking.bradley_terry_loss(rewards[:, 0], rewards[:, 1], margin=1.0, **options),
+    )
+    with pytest.raises(TypeError, match="margin"):
+        ranking.LOSSES["all_pairs"](values | {"ranks": rewards}, margin=1.0)
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_a_response_that_is_not_there_weighs_nothing(name):
+    rewards = rng.normal(size=(1, 5)).astype(np.float32)
+    ranks = np.array([[2, 0, np.nan, 1, np.nan]], np.float32)
+    present = ~np.isnan(ranks[0])
+
+    def loss(rewards, ranks):
+        return ranking.LOSSES[name]({"rewards": rewards, "ranks": ranks})[0]
+
+    value, gradient = jax.value_and_grad(loss)(rewards, ranks)
+    alone, expected = jax.value_and_grad(loss)(rewards[:, present], ranks[:, present])
+    np.testing.assert_allclose(value, alone, rtol=1e-6)
+    np.testing.assert_allclose(gradient[:, present], expected, rtol=1e-5)
+    np.testing.assert_array_equal(gradient[:, ~present], 0)
+
 
 def log_sigmoid(x):
     return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
