@@ -39,7 +39,7 @@ Value = TypeVar("Value")
 # A host that is not heard of for this many seconds is missing, and the others end.
 SILENCE = 40.0
 # A host that sees another fail gives itself this many seconds to fail of the same cause.
-GRACE = 10.0
+GRACE = 5.0
 _PERIOD = 2.0  # seconds between two signs of life
 _DAY = 24 * 60 * 60 * 1000  # milliseconds; whoever waits so long is ended by `_Watch`
 _CHUNK = 2**20  # characters of JSON in one message
