@@ -234,6 +234,7 @@ class _Watch(threading.Thread):
             if others and self.failed_with is None:
                 if not self._left.wait(GRACE) and self.failed_with is None:
                     host, text = min(others.items())
+                    self._give_sign(_END)  # a host that failed waits for the others to know
                     _end(f"{self._called(host)} has failed, so this one ends as well: {text}")
 
     def leave(self) -> None:
@@ -313,6 +314,8 @@ def _say_so_when_jax_aborts() -> None:
     """
 
     def aborted(number: int) -> None:
+        if _watch.failed_with is not None:  # the first host has read why, and has ended first
+            os._exit(_watch.failed_with)
         if not _first_host_answers():
             _end(_first_host_is_gone())
         libc.signal(number, None)  # something else is wrong: abort as usual

@@ -68,10 +68,9 @@ def signal_both(hosts):
     hosts[1].send_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("stop", [signal_second, pytest.param(signal_both, marks=pytest.mark.slow)])
-def test_a_signal_stops_both_hosts_after_one_step_and_one_process_goes_on(tmp_path, stop):
-    workdir = tmp_path / "run"
-    with two_hosts(*train(workdir), caches=tmp_path) as hosts:
+def stopped_after(workdir, stop, folder):
+    """The step after which two hosts of a run stopped for signals, saved and said so."""
+    with two_hosts(*train(workdir), caches=folder) as hosts:
         wait_for_step(workdir, 3, hosts)
         stop(hosts)
         ends = ends_of(hosts, timeout=60)
@@ -84,6 +83,15 @@ def test_a_signal_stops_both_hosts_after_one_step_and_one_process_goes_on(tmp_pa
     assert str(steps[-1]) in [path.name for path in (workdir / "checkpoints").iterdir()]
     assert not (workdir / "run.lock").exists()
 
+
+def test_a_signal_at_one_host_stops_both_after_one_step(tmp_path):
+    stopped_after(tmp_path / "run", signal_second, tmp_path)
+
+
+@pytest.mark.slow
+def test_signals_at_both_hosts_stop_them_and_one_process_goes_on(tmp_path):
+    workdir = tmp_path / "run"
+    stopped_after(workdir, signal_both, tmp_path)
     done = subprocess.run(
         [sys.executable, *train(workdir)],
         cwd=ROOT,
