@@ -20,8 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from align_jax.data import batching, dataset
-
 # What launch/local.sh sets; the peer gets it too.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -150,20 +148,24 @@ def _ours(folder: Path):
     import numpy as np
 
     from align_jax.algorithms import preference
+    from align_jax.data import batching
+    from align_jax.data.dataset import Data
     from align_jax.data.tokenise import Example
-    from align_jax.training import offline, pretrained
-    from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
+    from align_jax.losses.preference import LOSSES
+    from align_jax.training import pretrained
+    from align_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
     from align_jax.training.reference import compute_log_probs
     from align_jax.training.state import init_state
     from align_jax.training.step import make_train_step, place_batch
 
-    config = offline.default_offline_config()
-    config.update(loss="dpo", beta=0.1, model=str(folder / "model"))
-    config.optimizer = default_optimizer_config(learning_rate=1e-6)
     batches = json.loads((folder / "batches.json").read_text())
     buckets = tuple(range(32, 1024, 32))
-    config.data = dataset.default_data_config(
-        batch_size=len(batches[0]), rows=2, length_buckets=buckets, target_buckets=buckets
+    config = preference.Config(
+        model=str(folder / "model"),
+        optimizer=Optimizer(learning_rate=1e-6),
+        data=Data(
+            batch_size=len(batches[0]), rows=2, length_buckets=buckets, target_buckets=buckets
+        ),
     )
     examples = []
     for number, pair in enumerate(pair for batch in batches for pair in batch):
@@ -181,7 +183,7 @@ def _ours(folder: Path):
     state = init_state(model, optimizer, mesh)
     del model
     train_step = make_train_step(
-        preference.make_loss(config),
+        preference.preference_loss(LOSSES[config.loss], beta=config.beta),
         optimizer,
         make_schedule(config.optimizer, len(batches)),
         state,

@@ -13,8 +13,6 @@ import subprocess
 import sys
 import time
 
-from align_jax.data import batching, dataset
-
 MODEL, PAIRS, PROMPT, RESPONSE, STEPS = "smollm2", 4, 128, 64, 5
 RANKS = (0, 16)  # 0: every parameter
 
@@ -40,23 +38,27 @@ def measure(rank: int) -> dict[str, float]:
     import numpy as np
 
     from align_jax.algorithms import preference
+    from align_jax.data import batching
+    from align_jax.data.dataset import Data
     from align_jax.data.tokenise import Example
+    from align_jax.losses.preference import LOSSES
     from align_jax.models.frozen import partition
-    from align_jax.training import offline, pretrained
-    from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
+    from align_jax.training import pretrained
+    from align_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
     from align_jax.training.state import init_state
     from align_jax.training.step import make_train_step, place_batch
 
-    config = offline.default_offline_config()
-    config.update(loss="dpo", beta=0.1, model=MODEL)
-    config.lora.rank = rank
-    config.optimizer = default_optimizer_config(learning_rate=1e-6)
     length = PROMPT + 2 * RESPONSE
-    config.data = dataset.default_data_config(
-        batch_size=PAIRS,
-        max_length=length,
-        length_buckets=(length,),
-        target_buckets=(2 * RESPONSE,),
+    config = preference.Config(
+        model=MODEL,
+        lora=pretrained.Lora(rank=rank),
+        optimizer=Optimizer(learning_rate=1e-6),
+        data=Data(
+            batch_size=PAIRS,
+            max_length=length,
+            length_buckets=(length,),
+            target_buckets=(2 * RESPONSE,),
+        ),
     )
     rng = np.random.default_rng(0)
     draw = lambda size: rng.integers(100, 40_000, size).astype(np.int32)  # noqa: E731
@@ -72,9 +74,8 @@ def measure(rank: int) -> dict[str, float]:
     schedule = make_schedule(config.optimizer, STEPS)
     state = init_state(model, optimizer, mesh)
     del model
-    step = make_train_step(
-        preference.make_loss(config), optimizer, schedule, state, mesh, accumulated=False
-    )
+    loss = preference.preference_loss(LOSSES[config.loss], beta=config.beta)
+    step = make_train_step(loss, optimizer, schedule, state, mesh, accumulated=False)
     with jax.set_mesh(mesh):
         batch = place_batch(collate(examples), mesh, accumulated=False)
         compiled = step.lower(state, batch).compile()

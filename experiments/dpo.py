@@ -12,31 +12,27 @@ steps' mean), with all pairs of every batch in the right order from the second s
 of 1.5; so few steps leave what the model writes greedily nearly as it was. `scale=paper` follows
 the paper as the comments in it say; it has not been run.
 
-`--config.loss=` names any loss of algorithms/pair_losses.py, `--config.loss_options.NAME=` sets
-what is its own. Losses on averages per token want a larger beta: SimPO 2, with
-`loss_options.gamma` 1; length-normalised DPO 5. KTO takes labelled records.
+`--config.loss=` names any loss of docs/preference.md, `--config.loss_options.NAME=` sets an option
+of it. Losses on averages per token want a larger beta: SimPO 2, with `loss_options.gamma` 1;
+length-normalised DPO 5. `kto` and `bco_unpaired` take labelled records.
 """
 
 from ml_collections import ConfigDict
 
-from align_jax.algorithms.pair_losses import default_loss_options
+from align_jax.algorithms import preference
 from align_jax.config import parse_scale
-from align_jax.data.dataset import default_data_config
-from align_jax.training.offline import default_offline_config
-from align_jax.training.optimizer import default_optimizer_config
+from align_jax.data.dataset import Data
+from align_jax.training.optimizer import Optimizer
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_offline_config()
-    config.algorithm = "preference"
-    config.loss = "dpo"
-    config.loss_options = default_loss_options()
-    config.beta = 0.1
-    config.optimizer = default_optimizer_config(learning_rate=5e-6, schedule="linear")
-    config.data = default_data_config(
-        source="builtin:tiny_chat_preferences", batch_size=8, rows=2, max_length=256
-    )
+    config = preference.Config(
+        loss="dpo",
+        beta=0.1,
+        optimizer=Optimizer(learning_rate=5e-6, schedule="linear"),
+        data=Data(source="builtin:tiny_chat_preferences", batch_size=8, rows=2, max_length=256),
+    ).to_config_dict()
     if scale == "tiny":
         config.model = "tiny"
         config.optimizer.learning_rate = 1e-3

@@ -1,172 +1,203 @@
-"""Direct preference optimisation and its relatives: a policy from pairs, without a reward model.
+"""Direct preference optimisation and its relatives: a policy from preferences, no reward model.
 
 DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7): with the implicit reward
 `r(x, y) = beta (log pi(y|x) - log pi_ref(y|x))`, the loss of a pair is `-log sigmoid(r_chosen -
 r_rejected)`: ln 2 before the first update. The reference's log-probabilities never change, so they
 are computed once (`training/reference.py`) and travel with the batch.
 
+`losses.preference.LOSSES` has one object for every `config.loss`. It says which values its loss
+reads; `PROVIDERS` says where each of these values comes from.
+
 A falling `rewards/chosen` is no bug: the loss only asks for a margin, and both log-probabilities
 often fall (Razin et al. 2024, arXiv:2410.08847). Watch it beside `rewards/margins`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from align_jax.algorithms import Source
-from align_jax.algorithms.pair_losses import LOSSES, make_pair_loss, needs_reference, reads
-from align_jax.data import batching, dataset
+from align_jax.data.batching import Attach, by_length, check_lengths
+from align_jax.data.dataset import Data, Records, examples_of
 from align_jax.data.tokenise import Example
-from align_jax.errors import DataError
-from align_jax.losses.preference import wpo_weights
+from align_jax.errors import DataError, RunError
+from align_jax.losses.preference import LOSSES, PreferenceLoss, wpo_weights
 from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
-from align_jax.training import offline, pretrained
+from align_jax.settings import Settings
+from align_jax.training import pretrained
+from align_jax.training.offline import (
+    OfflineConfig,
+    check_training_lengths,
+    count_steps,
+    evaluate_loss,
+    train_offline,
+)
 from align_jax.training.reference import reference_log_probs
 from align_jax.training.scoring import log_probs_from_states, predicting_states, sum_by_response
 from align_jax.training.step import Batch, LossFunction, LossSums
-from align_jax.training.workdir import Workdir
-
-__all__ = ["LOSSES", "attach_reference", "evaluate", "load_pairs", "make_loss", "run", "train"]
+from align_jax.training.workdir import Result, Workdir
 
 Array = jax.Array
 
+# The fields of `config.loss_options`: every option of every loss. None leaves a loss its default.
+LossOptions = dataclasses.make_dataclass(
+    "LossOptions",
+    sorted(
+        {
+            (option.name, option.type | None, None)
+            for loss in LOSSES.values()
+            for option in loss.all_options
+        }
+    ),
+    bases=(Settings,),
+    namespace={
+        "key": "config.loss_options",
+        "__module__": __name__,
+        "__doc__": "The options of the losses; None leaves a loss its own default.",
+    },
+    frozen=True,
+)
 
-def make_loss(config: ConfigDict) -> LossFunction:
-    """The loss of a batch of pairs under `config.loss`, `.beta` and `.loss_options`, summed.
 
-    A batch may hold `weight` `[pairs]`: how often a pair counts, in the loss and in the metrics. A
-    soft label p is a pair and its reverse with weights p and 1 - p. Rewards are `beta` x what the
-    loss compares: log-ratios, or without a reference log-probabilities, per token where it averages
-    them.
+@dataclasses.dataclass(frozen=True)
+class Config(OfflineConfig):
+    """The settings of a run on preferences."""
 
-    Raises:
-      RunError: see `pair_losses.make_pair_loss`.
+    algorithm: str = "preference"
+    loss: str = "dpo"  # a name in `losses.preference.LOSSES`
+    beta: float = 0.1  # strength of the KL penalty, or what takes its place in the loss
+    loss_options: LossOptions = LossOptions()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss not in LOSSES:
+            raise RunError(f"config.loss is {self.loss!r}; expected one of {sorted(LOSSES)}.")
+        check_loss(LOSSES[self.loss], self)
+
+
+def options_of(config: Config) -> dict[str, float | str]:
+    """The options that a config sets."""
+    return {k: value for k, value in config.loss_options.to_dict().items() if value is not None}
+
+
+def check_loss(loss: PreferenceLoss, config: Config) -> None:
+    """Raises `RunError` for a `config.beta` or `config.loss_options` that the loss cannot have."""
+
+    def key(found: re.Match) -> str:
+        return "config.beta" if found[1] == "beta" else f"config.loss_options.{found[1]}"
+
+    try:
+        loss.check(config.beta, options_of(config))
+    except ValueError as error:
+        # Infinite numbers have been refused before.
+        message = re.sub(r"`(\w+)`", key, str(error)).replace("a finite number", "a number")
+        raise RunError(message if message.endswith("?") else f"{message}.") from error
+    for name in loss.reads:
+        if name not in PROVIDERS:
+            raise RunError(
+                f"the loss {loss.name!r} reads {name!r}; expected some of {sorted(PROVIDERS)}."
+            )
+
+
+# What a loss reads.
+
+
+class Scored:
+    """A batch of B examples with K responses each, under the policy.
+
+    Attributes:
+      batch: its arrays.
+      sums: `[B,K]` log-probability of every response, nats. Its tokens weigh what their masks say.
+      lengths: `[B,K]` response tokens, weighted likewise.
+      reference: `[B,K]` as `sums`, under the reference.
     """
-    pair_loss, names, beta = make_pair_loss(config), reads(config.loss), config.beta
 
-    def loss_sums(model: Transformer, batch: Batch) -> LossSums:
+    def __init__(self, model: Transformer, batch: Batch, *, labelled: bool):
+        self.batch = batch
         reference = batch["reference_log_probs"]
-        states = predicting_states(model, batch)
-        token_log_probs, _ = log_probs_from_states(model, states, batch)
+        count = len(batch["desirable"]) if labelled else len(reference) // 2
+        self.reference = reference.reshape(count, -1)
+        self._model, self._states = model, predicting_states(model, batch)
+        log_probs, _ = log_probs_from_states(model, self._states, batch)
+        self.sums = self._by_response(log_probs)
+        self.lengths = self._by_response(jnp.ones_like(log_probs))
 
-        def sums(values: Array) -> Array:
-            return sum_by_response(values, batch, reference.shape[0])
+    def _by_response(self, values: Array) -> Array:
+        summed = sum_by_response(values, self.batch, self.reference.size)
+        return summed.reshape(self.reference.shape)
 
-        log_probs, lengths = sums(token_log_probs), sums(jnp.ones_like(token_log_probs))
-        averages = log_probs / jnp.maximum(lengths, 1)
-        values = _both(log_probs) | _both(reference, "ref_{}")
-        values |= _both(averages, "{}_average") | _both(lengths, "{}_length")
-        if "chosen_weight" in names:
-            # At temperature 1/2 a log-probability is 2 log pi(y_t) - log sum_v pi(v)^2.
-            frozen, frozen_states = jax.lax.stop_gradient((model, states))
-            sharp, _ = log_probs_from_states(frozen, frozen_states, batch, temperature=0.5)
-            sharp = sums(sharp) / jnp.maximum(lengths, 1)
-            means = jnp.stack([averages, 2 * averages - sharp])[..., None]
-            values |= _both(wpo_weights(*means, jnp.ones_like(means[0])), "{}_weight")
-        if "kl" in names:
-            # The second response of an example is another example's.
-            kl = jnp.mean(values["rejected"] - values["ref_rejected"])
-            values |= {"kl": kl, "desirable": batch["desirable"]}
-        pair_losses = pair_loss(values)
-        metrics = _single_metrics(values, beta) if "kl" in names else _metrics(values, names, beta)
-        weight = batch.get("weight", jnp.ones_like(pair_losses))
-        totals = {name: (weight * value).sum() for name, value in metrics.items()}
-        return LossSums((weight * pair_losses).sum(), weight.sum(), totals)
+    @functools.cached_property
+    def averages(self) -> Array:
+        """`[B,K]` log-probability per token, nats."""
+        return self.sums / jnp.maximum(self.lengths, 1)
 
-    return loss_sums
+    @functools.cached_property
+    def wpo_weights(self) -> Array:
+        """`[B,K]` how close to on-policy a response is; one more projection to the vocabulary."""
+        # At temperature 1/2 a log-probability is 2 log pi(y_t) - log sum_v pi(v)^2.
+        model, states = jax.lax.stop_gradient((self._model, self._states))
+        sharp, _ = log_probs_from_states(model, states, self.batch, temperature=0.5)
+        sharp = self._by_response(sharp) / jnp.maximum(self.lengths, 1)
+        means = jnp.stack([self.averages, 2 * self.averages - sharp])[..., None]
+        return wpo_weights(*means, jnp.ones_like(means[0]))
 
 
-def _both(values: Array, name: str = "{}") -> dict[str, Array]:
-    return {name.format("chosen"): values[0::2], name.format("rejected"): values[1::2]}
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """Where a value that a loss reads comes from.
+
+    Attributes:
+      value: takes it from a scored batch, `[B]`.
+      prepare: `(examples, config) -> examples`, before tokens are scored; None leaves them.
+    """
+
+    value: Callable[[Scored], Array]
+    prepare: Callable[[Sequence[Example], Config], list[Example]] | None = None
 
 
-def _metrics(values: dict[str, Array], names: tuple[str, ...], beta: float) -> dict[str, Array]:
-    chosen, rejected = (beta * values[name] for name in names[:2])
-    if "ref_chosen" in names:
-        chosen -= beta * values["ref_chosen"]
-        rejected -= beta * values["ref_rejected"]
-    return {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
-        "logps/chosen": values["chosen"],
-        "logps/rejected": values["rejected"],
-    }
-
-
-def _single_metrics(values: dict[str, Array], beta: float) -> dict[str, Array]:
-    """Of KTO: a margin is a reward's, with its sign turned for an undesirable response."""
-    reward = beta * (values["chosen"] - values["ref_chosen"])
-    margin = jnp.where(values["desirable"] > 0, reward, -reward)
-    return {
-        "rewards/margins": margin,
-        "rewards/accuracies": (margin > 0).astype(jnp.float32),
-        "objective/kl": jnp.full_like(reward, values["kl"]),
-    }
-
-
-def check(config: ConfigDict) -> None:
-    """Raises `RunError` for a config that no data and no model could make right."""
-    make_loss(config)
-    offline.check_sizes(config)
-
-
-def sources(config: ConfigDict) -> list[Source]:
-    """Where records come from."""
-    data, kind = config.data, _kind(config)
-    return [(data.source, kind, data), (data.eval_source, kind, data)]
-
-
-def _kind(config: ConfigDict) -> str:
-    return "labelled" if config.loss == "kto" else "preference"
-
-
-def load_pairs(config: ConfigDict, source: str, tokenizer: Any) -> list[Example]:
-    """The examples of a source, each of two responses, as `config.loss` wants them."""
-    examples = dataset.load_examples(config.data, source, tokenizer, kind=_kind(config))
-    if config.loss == "kto":
-        return with_mismatched(examples, config.data.max_length)
-    if config.loss == "ld_dpo":
-        return desensitized(examples, config.loss_options.alpha)
-    return examples
-
-
-def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
+def with_unrelated(examples: Sequence[Example], config: Config) -> list[Example]:
     """Adds to each example of one response that of the next: KTO's sample for its KL.
 
     (x, y') of unrelated x and y' stands in for a sample of the policy (Ethayarajh et al. 2024,
     section 4.1). It is cut to `max_length` with its prompt. `DataError` for less than two examples.
     """
     if len(examples) < 2:
-        raise DataError("config.loss = 'kto' needs at least two records.")
-    others = [*examples[1:], examples[0]]
+        raise DataError(f"config.loss = {config.loss!r} needs at least two records.")
 
-    def cut(example: Example, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
-        return arrays[0][: max(max_length - len(example.prompt), 1)]
+    def both(one: Example, own: tuple, others: tuple) -> tuple[np.ndarray, ...]:
+        return *own, others[0][: max(config.data.max_length - len(one.prompt), 1)]
 
     return [
         dataclasses.replace(
             one,
-            responses=(*one.responses, cut(one, other.responses)),
-            response_masks=(*one.response_masks, cut(one, other.response_masks)),
+            responses=both(one, one.responses, other.responses),
+            response_masks=both(one, one.response_masks, other.response_masks),
+            token_extras={
+                name: both(one, arrays, other.token_extras[name])
+                for name, arrays in one.token_extras.items()
+            },
         )
-        for one, other in zip(examples, others)
+        for one, other in zip(examples, [*examples[1:], examples[0]])
     ]
 
 
-def desensitized(examples: Sequence[Example], alpha: float) -> list[Example]:
-    """Pairs whose tokens past the shorter response's length weigh `alpha` (LD-DPO, 2409.06411)."""
+def desensitized(examples: Sequence[Example], config: Config) -> list[Example]:
+    """Pairs whose tokens past the shorter response's length weigh `alpha` (LD-DPO, 2409.06411).
+
+    The weights are in the masks, so they act on all values, of policy and reference.
+    """
+    alpha = np.float32(config.loss_options.alpha)
 
     def weighted(mask: np.ndarray, length: float) -> np.ndarray:
-        return np.where(np.cumsum(mask) <= length, mask, np.float32(alpha) * mask)
+        return np.where(np.cumsum(mask) <= length, mask, alpha * mask)
 
     return [
         dataclasses.replace(
@@ -180,8 +211,100 @@ def desensitized(examples: Sequence[Example], alpha: float) -> list[Example]:
     ]
 
 
-def attach_reference(examples: Sequence[Example], log_probs: np.ndarray) -> batching.Attach:
-    """Gives every example's batch the reference's log-probabilities `[examples, 2]` of its pair.
+# A pair is (chosen, rejected), a labelled example (response,) or (response, unrelated).
+PROVIDERS = {
+    "chosen": Provider(lambda scored: scored.sums[:, 0]),
+    "rejected": Provider(lambda scored: scored.sums[:, 1]),
+    "ref_chosen": Provider(lambda scored: scored.reference[:, 0]),
+    "ref_rejected": Provider(lambda scored: scored.reference[:, 1]),
+    "chosen_average": Provider(lambda scored: scored.averages[:, 0]),
+    "rejected_average": Provider(lambda scored: scored.averages[:, 1]),
+    "chosen_length": Provider(lambda scored: scored.lengths[:, 0]),
+    "rejected_length": Provider(lambda scored: scored.lengths[:, 1]),
+    "chosen_weight": Provider(lambda scored: scored.wpo_weights[:, 0]),
+    "rejected_weight": Provider(lambda scored: scored.wpo_weights[:, 1]),
+    "chosen_desensitized": Provider(lambda scored: scored.sums[:, 0], desensitized),
+    "rejected_desensitized": Provider(lambda scored: scored.sums[:, 1], desensitized),
+    "ref_chosen_desensitized": Provider(lambda scored: scored.reference[:, 0], desensitized),
+    "ref_rejected_desensitized": Provider(lambda scored: scored.reference[:, 1], desensitized),
+    "response": Provider(lambda scored: scored.sums[:, 0]),
+    "ref_response": Provider(lambda scored: scored.reference[:, 0]),
+    "desirable": Provider(lambda scored: scored.batch["desirable"]),
+    "unrelated": Provider(lambda scored: scored.sums[:, 1], with_unrelated),
+    "ref_unrelated": Provider(lambda scored: scored.reference[:, 1], with_unrelated),
+    "kl": Provider(
+        lambda scored: jnp.mean(scored.sums[:, 1] - scored.reference[:, 1]), with_unrelated
+    ),
+}
+
+
+def prepared(examples: list[Example], loss: PreferenceLoss, config: Config) -> list[Example]:
+    """The examples as the providers of what the loss reads want them."""
+    for prepare in dict.fromkeys(PROVIDERS[name].prepare for name in loss.reads):
+        if prepare is not None and examples:
+            examples = prepare(examples, config)
+    return examples
+
+
+# The loss of a batch.
+
+
+def preference_loss(loss: PreferenceLoss, *, beta: float, **options: float | str) -> LossFunction:
+    """The loss of a batch, summed: `(model, batch, running=None) -> LossSums`.
+
+    A batch may hold `weight` `[B]`: how often an example counts, in the loss and in the metrics. A
+    soft label p is a pair and its reverse with weights p and 1 - p. `running` is the loss's running
+    state, None for its initial one.
+    """
+    shown = ("response",) if loss.labelled else ("chosen", "rejected", "chosen_average")
+
+    def loss_sums(
+        model: Transformer, batch: Batch, running: dict[str, Array] | None = None
+    ) -> LossSums:
+        scored = Scored(model, batch, labelled=loss.labelled)
+        values = {
+            name: PROVIDERS[name].value(scored) for name in dict.fromkeys((*loss.reads, *shown))
+        }
+        losses = loss(values, beta=beta, running=running, **options)
+        weight = batch.get("weight", jnp.ones_like(losses))
+
+        def sums(named: dict[str, Array]) -> dict[str, Array]:
+            return {name: (weight * value).sum() for name, value in named.items()}
+
+        metrics, statistics = _metrics(loss, values, beta), {}
+        if loss.running is not None:
+            state = loss.running.initial if running is None else running
+            metrics |= {name: state[name] for name in loss.running.keywords}
+            statistics = loss.running.statistics(values, beta)
+        return LossSums((weight * losses).sum(), weight.sum(), sums(metrics), sums(statistics))
+
+    return loss_sums
+
+
+def _metrics(loss: PreferenceLoss, values: dict[str, Array], beta: float) -> dict[str, Array]:
+    """Rewards are `beta` x what the loss compares; see `PreferenceLoss.rewards`."""
+    if loss.labelled:
+        (reward,) = loss.rewards(values, beta=beta)
+        # The sign of an undesirable response's is turned.
+        margin = jnp.where(values["desirable"] > 0, reward, -reward)
+        metrics = {
+            "rewards/margins": margin,
+            "rewards/accuracies": (margin > 0).astype(jnp.float32),
+        }
+        return metrics | ({"objective/kl": values["kl"]} if "kl" in values else {})
+    chosen, rejected = loss.rewards(values, beta=beta)
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
+        "logps/chosen": values["chosen"],
+        "logps/rejected": values["rejected"],
+    }
+
+
+def attach_reference(examples: Sequence[Example], log_probs: np.ndarray) -> Attach:
+    """Gives every example's batch the reference's log-probabilities `[examples, K]`.
 
     And, where its record has one, its label.
     """
@@ -197,69 +320,163 @@ def attach_reference(examples: Sequence[Example], log_probs: np.ndarray) -> batc
 
 
 def train(
-    config: ConfigDict,
-    workdir: Workdir,
+    model: Transformer,
+    tokenizer: Any,
+    records: Records,
+    config: Config,
+    *,
+    loss: PreferenceLoss | None = None,
+    reference: np.ndarray | None = None,
+    held_out: Records = (),
+    workdir: Workdir | str | None = None,
+    mesh: Mesh | None = None,
+    donate: bool = False,
+) -> Result:
+    """Trains a policy on preferences; the model it starts from is the reference.
+
+    Args:
+      records: pairs, or labelled responses if the loss wants them (docs/data.md, kinds `preference`
+        and `labelled`): a list of dicts, a source, or examples.
+      loss: one of the caller's own instead of `config.loss`.
+      reference: the reference's log-probabilities `[examples, K]` of all responses, nats, where
+        they are known; None computes them.
+      held_out: more records; the trained model's loss and rewards on them are `summary["eval"]`.
+      workdir: keeps checkpoints and metrics, so that the same call goes on where it was stopped.
+        Without one nothing is left behind.
+      mesh: where to train; None keeps the model's placement.
+      donate: lets training use the model's memory. `model` is unusable afterwards.
+
+    Raises:
+      RunError: sizes that do not fit data, model or machine; a loss that is not finite; `beta` or
+        options that a loss of the caller's own cannot have.
+      DataError: a record that cannot be used.
+    """
+    loss = LOSSES[config.loss] if loss is None else loss
+    check_loss(loss, config)
+    examples = _examples(records, tokenizer, loss, config)
+    held_out = _held_out(held_out, tokenizer, loss, config)
+    folder = Workdir.of(workdir, config)
+    directory = folder and folder.path
+    model, mesh = pretrained.as_configured(config, model, mesh, donate=donate)
+    num_steps = count_steps(config, directory, model, len(examples))
+    check_training_lengths(config, examples, num_steps)
+    if reference is None:
+        reference = _reference(loss, model, mesh, examples, config.data)
+    held_out_reference = _reference(loss, model, mesh, held_out, config.data)
+    trained = train_offline(
+        config,
+        directory,
+        model,
+        mesh,
+        examples,
+        preference_loss(loss, beta=config.beta, **options_of(config)),
+        attach=attach_reference(examples, reference),
+        running=loss.running,
+        description=loss.name.upper(),
+    )
+    summary = _evaluated(
+        loss, config, trained.model, mesh, held_out, held_out_reference, trained.running
+    )
+    return Result(trained.model, trained.metrics, summary, directory)
+
+
+def sources(config: Config) -> list[Source]:
+    """Where records come from."""
+    data, kind = config.data, _kind(LOSSES[config.loss])
+    return [(data.source, kind, data), (data.eval_source, kind, data)]
+
+
+def run(config: Config, workdir: Workdir) -> dict[str, Any]:
+    """`train` with the model and the data that the config names; returns the summary."""
+    kind = _kind(LOSSES[config.loss])
+    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
+    examples = examples_of(config.data.source, tokenizer, config.data, kind=kind)
+    held_out = examples_of(config.data.eval_source, tokenizer, config.data, kind=kind)
+    mesh = pretrained.open_mesh(config)
+    model = pretrained.load_pretrained(config, config.model, mesh)
+    result = train(
+        model,
+        tokenizer,
+        examples,
+        config,
+        held_out=held_out,
+        workdir=workdir,
+        mesh=mesh,
+        donate=True,
+    )
+    return result.summary
+
+
+def evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
+    """Loss, accuracy and margin of the trained implicit reward on `config.data.eval_source`."""
+    loss = LOSSES[config.loss]
+    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
+    held_out = _held_out(config.data.eval_source, tokenizer, loss, config)
+    mesh = pretrained.open_mesh(config)
+    base = pretrained.load_pretrained(config, config.model, mesh) if loss.needs_reference else None
+    reference = _reference(loss, base, mesh, held_out, config.data)
+    del base
+    model = pretrained.restored_model(config, workdir.path, mesh)
+    start = {} if loss.running is None else loss.running.start()
+    running = pretrained.restored_running(start, workdir.path, mesh)
+    return _evaluated(loss, config, model, mesh, held_out, reference, running)
+
+
+def _kind(loss: PreferenceLoss) -> str:
+    return "labelled" if loss.labelled else "preference"
+
+
+def _examples(
+    records: Records, tokenizer: Any, loss: PreferenceLoss, config: Config
+) -> list[Example]:
+    found = examples_of(records, tokenizer, config.data, kind=_kind(loss))
+    return prepared(found, loss, config)
+
+
+def _held_out(
+    records: Records, tokenizer: Any, loss: PreferenceLoss, config: Config
+) -> list[Example]:
+    """Examples whose rows fit the buckets, in the order of evaluating and of scoring them."""
+    examples = _examples(records, tokenizer, loss, config)
+    check_lengths(config.data, examples, range(len(examples)))
+    if examples and loss.needs_reference:
+        check_lengths(config.data, examples, by_length(examples))
+    return examples
+
+
+def _reference(
+    loss: PreferenceLoss,
+    model: Transformer | None,
+    mesh: Mesh,
+    examples: Sequence[Example],
+    data: Data,
+) -> np.ndarray:
+    """The reference's log-probabilities `[examples, K]`; zeros for a loss that reads none."""
+    if not examples:
+        return np.zeros((0, 1), np.float32)
+    if not loss.needs_reference:
+        return np.zeros((len(examples), len(examples[0].responses)), np.float32)
+    return reference_log_probs(without_adapters(model), mesh, examples, data)
+
+
+def _evaluated(
+    loss: PreferenceLoss,
+    config: Config,
     model: Transformer,
     mesh: Mesh,
     examples: Sequence[Example],
     reference: np.ndarray,
-) -> Transformer:
-    """Trains `model` (consumed) on pairs with the reference's log-probabilities `[examples, 2]`."""
-    return offline.train(
+    running: dict[str, Array],
+) -> dict[str, Any]:
+    if not examples:
+        return {}
+    metrics = evaluate_loss(
         config,
-        workdir.path,
         model,
         mesh,
         examples,
-        make_loss(config),
+        preference_loss(loss, beta=config.beta, **options_of(config)),
         attach=attach_reference(examples, reference),
-        description=config.loss.upper(),
+        running=running,
     )
-
-
-def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    """Trains as configured, the model it starts from being the reference; returns the summary."""
-    check(config)
-    tokenizer = pretrained.load_pretrained_tokenizer(config.model)
-    examples = load_pairs(config, config.data.source, tokenizer)
-    held_out = _held_out(config, tokenizer)
-    model, mesh = pretrained.open_model(config)
-    num_steps = offline.check(config, workdir.path, model, len(examples))
-    offline.check_training_lengths(config, examples, num_steps)
-    reference = _reference(config, model, mesh, examples)
-    held_out_reference = _reference(config, model, mesh, held_out)
-    model = train(config, workdir, model, mesh, examples, reference)
-    return _evaluated(config, model, mesh, held_out, held_out_reference)
-
-
-def evaluate(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    """Loss, accuracy and margin of the trained implicit reward on `config.data.eval_source`."""
-    held_out = _held_out(config, pretrained.load_pretrained_tokenizer(config.model))
-    base, mesh = pretrained.open_model(config)
-    model = pretrained.restored_model(config, workdir.path, mesh)
-    reference = _reference(config, base, mesh, held_out)
-    return _evaluated(config, model, mesh, held_out, reference)
-
-
-def _held_out(config, tokenizer) -> list[Example]:
-    if not config.data.eval_source:
-        return []
-    examples = load_pairs(config, config.data.eval_source, tokenizer)
-    batching.check_lengths(config.data, examples, range(len(examples)))
-    if needs_reference(config.loss):
-        batching.check_lengths(config.data, examples, batching.by_length(examples))
-    return examples
-
-
-def _reference(config, model, mesh, examples) -> np.ndarray:
-    if not (examples and needs_reference(config.loss)):
-        return np.zeros((len(examples), 2), np.float32)
-    return reference_log_probs(without_adapters(model), mesh, examples, config.data)
-
-
-def _evaluated(config, model, mesh, examples, reference) -> dict[str, Any]:
-    if not examples:
-        return {}
-    attach = attach_reference(examples, reference)
-    metrics = offline.evaluate(config, model, mesh, examples, make_loss(config), attach=attach)
     return {"eval": metrics}

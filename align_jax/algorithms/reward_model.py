@@ -337,7 +337,7 @@ def train_member(
     donate = donate and number == config.ensemble - 1
     start = without_unembedding(model)
     transformer, mesh = pretrained.as_configured(config, start, mesh, donate=donate)
-    trained, metrics = train_offline(
+    trained, metrics, _ = train_offline(
         config,
         directory,
         ScalarModel(transformer, key=jax.random.key(config.seed)),

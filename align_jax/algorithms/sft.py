@@ -71,7 +71,7 @@ def train(
     folder = Workdir.of(workdir, config)
     model, mesh = pretrained.as_configured(config, model, mesh, donate=donate)
     directory = folder and folder.path
-    model, metrics = train_offline(
+    model, metrics, _ = train_offline(
         config, directory, model, mesh, examples, loss_sums, description="SFT"
     )
     return Result(model, metrics, _evaluated(config, model, mesh, held_out), directory)

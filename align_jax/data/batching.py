@@ -13,6 +13,7 @@ order):
     target_response [R,S] int32    the response (0..N-1) the target belongs to, 0 where masked
     response_row    [N]   int32    the row that the response stands in
     response_end    [N]   int32    index in that row of its last token, EOS included
+    NAME            [R,S,...]      `Example.token_extras` of the targets; 0 where padded
 
 A prompt is there once for all its responses, and only positions with a target reach the vocabulary.
 """
@@ -76,16 +77,17 @@ def build_batch(
 
     As many rows as examples: example r is row r. Fewer rows: examples are packed, the longest first
     into the row with the fewest tokens. The first token of a response without a prompt has nothing
-    to predict it and is no target. Raises DataError if no bucket holds the longest row, or there
-    are more rows than examples.
+    to predict it and is no target. Raises DataError if no bucket holds the longest row, there are
+    more rows than examples, or `token_extras` do not fit the examples.
     """
     if not 1 <= rows <= len(examples):
         raise DataError(
             f"{rows} rows for {len(examples)} examples: expected from 1 to {len(examples)}"
         )
+    extras = _token_extras(examples)
     first_response = np.cumsum([0, *(len(example.responses) for example in examples)])
     response_row, response_end = np.zeros((2, first_response[-1]), np.int32)
-    placed = [_Row() for _ in range(rows)]
+    placed = [_Row(extras) for _ in range(rows)]
     assigned = _assign([num_tokens(example) for example in examples], rows)
     for r, (row, members) in enumerate(zip(placed, assigned, strict=True)):
         for segment, index in enumerate(members, start=1):
@@ -99,14 +101,46 @@ def build_batch(
         key="data.target_buckets",
     )
     batch = {"response_row": response_row, "response_end": response_end}
-    for name in _TOKEN_ARRAYS + _TARGET_ARRAYS:
+    kinds = {name: ((), np.int32) for name in _TOKEN_ARRAYS + _TARGET_ARRAYS}
+    kinds["target_mask"] = ((), np.float32)
+    for name, (shape, dtype) in (kinds | extras).items():
         width = length if name in _TOKEN_ARRAYS else targets
-        out = np.zeros((rows, width), np.float32 if name == "target_mask" else np.int32)
+        out = np.zeros((rows, width, *shape), dtype)
         for r, row in enumerate(placed):
-            values = np.concatenate(row.columns[name]) if row.columns[name] else ()
-            out[r, : len(values)] = values
+            if row.columns[name]:
+                values = np.concatenate(row.columns[name])
+                out[r, : len(values)] = values
         batch[name] = out
     return batch
+
+
+def _token_extras(examples: Sequence[Example]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of one token's value, by the names of the examples' `token_extras`.
+
+    Raises DataError unless all examples have the same names, and one kind of value for each token.
+    """
+    kinds: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    for example in examples:
+        found = example.token_extras
+        if found.keys() != examples[0].token_extras.keys() or found.keys() & _OWN_ARRAYS:
+            raise DataError(
+                f"token_extras of example {example.id}: {sorted(found)}; expected those of example "
+                f"{examples[0].id}: {sorted(examples[0].token_extras)}, and no array of a batch"
+            )
+        for name, arrays in found.items():
+            if list(map(len, arrays)) != list(map(len, example.responses)):
+                raise DataError(
+                    f"token_extras {name!r} of example {example.id} are for responses of "
+                    f"{list(map(len, arrays))} tokens, not {list(map(len, example.responses))}"
+                )
+            for array in arrays:
+                kind = (array.shape[1:], array.dtype)
+                if kinds.setdefault(name, kind) != kind:
+                    raise DataError(
+                        f"token_extras {name!r} of example {example.id} are {kind[1]} of shape "
+                        f"{kind[0]} for a token; expected {kinds[name][1]} of {kinds[name][0]}"
+                    )
+    return kinds
 
 
 def separate_responses(examples: Sequence[Example]) -> list[Example]:
@@ -116,23 +150,31 @@ def separate_responses(examples: Sequence[Example]) -> list[Example]:
     batch that shares the prompts.
     """
     return [
-        dataclasses.replace(example, responses=(response,), response_masks=(mask,))
+        dataclasses.replace(
+            example,
+            responses=(response,),
+            response_masks=(mask,),
+            token_extras={name: (arrays[i],) for name, arrays in example.token_extras.items()},
+        )
         for example in examples
-        for response, mask in zip(example.responses, example.response_masks, strict=True)
+        for i, (response, mask) in enumerate(
+            zip(example.responses, example.response_masks, strict=True)
+        )
     ]
 
 
 _TOKEN_ARRAYS = ("tokens", "positions", "segment_ids", "branch_ids")
 _TARGET_ARRAYS = ("predict_from", "targets", "target_mask", "target_response")
+_OWN_ARRAYS = {*_TOKEN_ARRAYS, *_TARGET_ARRAYS, "response_row", "response_end"}
 
 
 class _Row:
     """One row while it is filled: for every array the pieces to be joined."""
 
-    def __init__(self) -> None:
+    def __init__(self, extras: Iterable[str]) -> None:
         self.length = 0
         self.columns: dict[str, list[np.ndarray]] = {
-            name: [] for name in _TOKEN_ARRAYS + _TARGET_ARRAYS
+            name: [] for name in (*_TOKEN_ARRAYS, *_TARGET_ARRAYS, *extras)
         }
 
     def add(self, example: Example, segment: int, first_response: int) -> list[int]:
@@ -157,6 +199,8 @@ class _Row:
             self.columns["targets"].append(np.asarray(response)[counts])
             self.columns["target_mask"].append(np.asarray(mask, np.float32)[counts])
             self.columns["target_response"].append(np.full(size, first_response + offset))
+            for name, arrays in example.token_extras.items():
+                self.columns[name].append(arrays[offset][counts])
             ends.append(max(self.length - 1, 0))
         return ends
 

@@ -29,11 +29,14 @@ _log = logging.getLogger(__name__)
 class Example:
     """One tokenised record.
 
-    `prompt` `[P]` int32; `responses`, each `[L]` int32 (none for a prompt record; chosen before
-    rejected for a preference); `response_masks`, each `[L]` float32, the weight of a token: 1 where
-    it is trained on;
-    `id` is the record's number in its source; `extras` holds `where` and what else the record had:
-    `margin`, `strength`, `label`, `ranks`.
+    Attributes:
+      id: the record's number in its source.
+      prompt: `[P]` int32.
+      responses: each `[L]` int32; of a preference chosen before rejected, of a prompt none.
+      response_masks: each `[L]` float32, the weight of a token: 1 where it is trained on.
+      extras: `where` and what else the record had: `margin`, `strength`, `label`, `ranks`.
+      token_extras: more values of each response's tokens by name, one array `[L, ...]` a response;
+        `build_batch` lays them out as it does `targets`.
     """
 
     id: int
@@ -41,6 +44,7 @@ class Example:
     responses: tuple[np.ndarray, ...]
     response_masks: tuple[np.ndarray, ...]
     extras: dict[str, Any]
+    token_extras: dict[str, tuple[np.ndarray, ...]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_samples(

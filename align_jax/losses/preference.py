@@ -122,7 +122,9 @@ class PreferenceLoss:
                                           `ld_dpo_log_probs` with the option `alpha`
         response                          of a single labelled response: its sum, nats
         desirable                         its label, 1 if desirable
-        kl                                KTO's reference point, nats, from unrelated responses
+        kl                                KTO's reference point, nats: the mean log-ratio of
+                                          unrelated responses, to other prompts
+        unrelated                         one of these responses: its sum, nats
         ref_NAME                          the reference model's NAME, of sums only
 
     The policy's log-probabilities come first: of `chosen` and `rejected`, or of the `response`.
@@ -197,7 +199,7 @@ class PreferenceLoss:
         compared = []
         for name in self.reads[: 1 if self.labelled else 2]:
             reference = values[f"ref_{name}"] if self.needs_reference else 0.0
-            compared.append(beta * (values[name] - stop_gradient(reference)))
+            compared.append(beta * values[name] - beta * stop_gradient(reference))
         return tuple(compared)
 
     def check(self, beta: float, options: Mapping[str, Any]) -> None:

@@ -54,11 +54,13 @@ def _frozen(tree: Any) -> str | None:
 def _items(state: Any) -> dict[str, Any]:
     """The parts of a state that can be read one without the other.
 
-    A policy that is trained with a critic is an item of its own, as one trained alone.
+    A policy that is trained with a critic is an item of its own, as one trained alone. A loss
+    without a running state has no item.
     """
     model = state.model
     parts = model._asdict() if isinstance(model, tuple) else {"model": model}
-    return {k: x for k, x in parts.items() if x is not None} | {"optimizer": state.optimizer}
+    parts = {k: x for k, x in parts.items() if x is not None} | {"optimizer": state.optimizer}
+    return parts | ({"running": state.running} if state.running else {})
 
 
 class Checkpointer:
@@ -91,6 +93,7 @@ class Checkpointer:
                 "model": ocp.StandardCheckpointHandler(),
                 "critic": ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
+                "running": ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
             },
         )
@@ -140,13 +143,17 @@ class Checkpointer:
         """
         step, (parts, data) = self._newest(lambda step: self._read(step, _items(state)))
         step = jax.device_put(np.int32(step), state.step.sharding)
-        optimizer = parts.pop("optimizer")
+        optimizer, running = parts.pop("optimizer"), parts.pop("running", {})
         model = state.model._replace(**parts) if isinstance(state.model, tuple) else parts["model"]
-        return state._replace(step=step, model=model, optimizer=optimizer), data
+        return state._replace(step=step, model=model, optimizer=optimizer, running=running), data
 
     def restore_model(self, model: Any) -> Any:
         """The newest checkpoint's model alone, as `restore`."""
         return self._newest(lambda step: self._read(step, {"model": model}))[1][0]["model"]
+
+    def restore_running(self, running: dict[str, Any]) -> dict[str, Any]:
+        """The newest checkpoint's running state alone, as `restore`."""
+        return self._restore(self.latest_step(), {"running": running})[0]["running"]
 
     def restore_data(self) -> dict[str, Any]:
         """The newest checkpoint's JSON object alone."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from align_jax.data.dataset import Data
 from align_jax.data.loader import Loader
 from align_jax.data.tokenise import Example
 from align_jax.errors import RunError
+from align_jax.losses.preference import Running
 from align_jax.models.frozen import partition
 from align_jax.models.transformer import Transformer
 from align_jax.progress import progress
@@ -92,6 +94,20 @@ def count_steps(
     return num_steps
 
 
+class Trained(NamedTuple):
+    """What `train_offline` returns.
+
+    Attributes:
+      model: the trained model.
+      metrics: the metrics of every `log_every`-th step.
+      running: the running state that the loss ended with; {} if it has none.
+    """
+
+    model: nnx.Module
+    metrics: list[dict[str, float]]
+    running: dict[str, jax.Array]
+
+
 def train_offline(
     config: OfflineConfig,
     directory: Path | None,
@@ -101,16 +117,15 @@ def train_offline(
     loss_function: LossFunction,
     *,
     attach: Attach | None = None,
+    running: Running | None = None,
     description: str,
-) -> tuple[nnx.Module, list[dict[str, float]]]:
+) -> Trained:
     """Trains `model` (consumed) on `examples`, or goes on where the run was stopped.
 
     Args:
       directory: the run's; None keeps nothing on disk.
       attach: gives an example's batch more values; see `data.batching.Attach`.
-
-    Returns:
-      the trained model, and the metrics of every `log_every`-th step.
+      running: the state that the loss function takes as a third argument, and its update.
 
     Raises:
       RunError: see `count_steps`; a checkpoint of another model; a loss that is not finite.
@@ -124,7 +139,7 @@ def train_offline(
         examples, batch_size=data.batch_size, seed=config.seed, collate=make_collate(data, attach)
     )
     optimizer = make_optimizer(config.optimizer, num_steps)
-    state = init_state(model, optimizer, mesh)
+    state = init_state(model, optimizer, mesh, running and running.start())
     train_step = make_train_step(
         loss_function,
         optimizer,
@@ -132,6 +147,7 @@ def train_offline(
         state,
         mesh,
         accumulated=data.accumulation > 1,
+        update_running=running and running.update,
     )
     with contextlib.ExitStack() as stack:
         checkpointer = resumed = None
@@ -158,7 +174,7 @@ def train_offline(
             accumulated=data.accumulation > 1,
             description=description,
         )
-    return state.model, writer.rows
+    return Trained(state.model, writer.rows, state.running)
 
 
 def fit_offline(
@@ -248,8 +264,12 @@ def evaluate_loss(
     loss_function: LossFunction,
     *,
     attach: Attach | None = None,
+    running: dict[str, jax.Array] | None = None,
 ) -> dict[str, float]:
-    """The loss and its metrics over all examples, in order, without training."""
+    """The loss and its metrics over all examples, in order, without training.
+
+    A loss function with a running state takes `running`, which stays as it is.
+    """
     data = config.data.unaccumulated()
     collate = make_collate(data, attach)
     totals: dict[str, float] = {}
@@ -260,7 +280,8 @@ def evaluate_loss(
     ):
         for start in range(0, len(examples), data.batch_size):
             part = examples[start : start + data.batch_size]
-            sums = run(model, place_batch(collate(part), mesh, accumulated=False))
+            placed = place_batch(collate(part), mesh, accumulated=False)
+            sums = run(model, placed, *([running] if running else []))
             values = {"loss": sums.loss, "weight": sums.weight, **sums.metrics}
             for name, value in jax.device_get(values).items():
                 totals[name] = totals.get(name, 0.0) + float(value)

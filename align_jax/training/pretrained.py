@@ -1,7 +1,9 @@
 """What a run starts from: a pretrained model or an earlier run, and a config's new adapters."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from align_jax.distributed.mesh import make_mesh, single_device_mesh
+from align_jax.distributed.partitioning import replicated
 from align_jax.errors import RunError
 from align_jax.models.config import TransformerConfig
 from align_jax.models.frozen import own_trained
@@ -189,12 +192,7 @@ def restored_model(
     Raises:
       RunError: the run has no checkpoint yet.
     """
-    if not (directory / "checkpoints").is_dir():
-        raise RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
-    checkpointer = Checkpointer(directory / "checkpoints")
-    try:
-        if checkpointer.latest_step() is None:
-            raise RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
+    with _checkpoints(directory) as checkpointer:
         # Adapters stand beside weights that no checkpoint holds; otherwise shapes are enough.
         if config.lora.rank:
             model = load_pretrained(config, start or config.model, mesh)
@@ -207,5 +205,32 @@ def restored_model(
             )
             model = abstract_transformer(architecture, mesh)
         return checkpointer.restore_model(model)
+
+
+def restored_running(
+    running: dict[str, jax.Array], directory: Path, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """The running state of a run directory's loss, which starts as `running`; {} for none.
+
+    Raises:
+      RunError: the run has no checkpoint yet.
+    """
+    if not running:
+        return {}
+    with _checkpoints(directory) as checkpointer:
+        return checkpointer.restore_running(jax.device_put(running, replicated(mesh)))
+
+
+@contextlib.contextmanager
+def _checkpoints(directory: Path) -> Iterator[Checkpointer]:
+    """Reads the checkpoints of a run directory; `RunError` if there is none yet."""
+    missing = RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
+    if not (directory / "checkpoints").is_dir():
+        raise missing
+    checkpointer = Checkpointer(directory / "checkpoints")
+    try:
+        if checkpointer.latest_step() is None:
+            raise missing
+        yield checkpointer
     finally:
         checkpointer.close()

@@ -19,12 +19,16 @@ Array = jax.Array
 class TrainState(NamedTuple):
     """What a step reads and writes: everything a checkpoint needs but the place in the data.
 
-    The optimizer's state is that of the model's trained parameters alone.
+    Attributes:
+      step: the number of steps taken.
+      optimizer: its state, of the model's trained parameters alone.
+      running: what the loss carries from one step to the next, scalars by name; {} for most losses.
     """
 
     step: Array
     model: nnx.Module
     optimizer: optax.OptState
+    running: dict[str, Array] = {}
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
@@ -42,17 +46,28 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
     optimizer = {name: like_its_parameter(name) for name in flatten(state.optimizer)}
     return TrainState(
-        replicated(mesh), unflatten(state.model, model), unflatten(state.optimizer, optimizer)
+        replicated(mesh),
+        unflatten(state.model, model),
+        unflatten(state.optimizer, optimizer),
+        dict.fromkeys(state.running, replicated(mesh)),
     )
 
 
 def init_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    running: dict[str, Array] | None = None,
 ) -> TrainState:
-    """The state before the first step; the model's arrays are used, not copied."""
+    """The state before the first step; the model's arrays are used, not copied.
+
+    `running` is what the loss starts with, where it has a running state.
+    """
+    running = running or {}
     trained, _ = partition(model)
-    shapes = TrainState(jnp.int32(0), model, jax.eval_shape(optimizer.init, trained))
+    shapes = TrainState(jnp.int32(0), model, jax.eval_shape(optimizer.init, trained), running)
     shardings = state_shardings(shapes, mesh)
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trained)
     step = jax.device_put(jnp.int32(0), replicated(mesh))
-    return TrainState(step, jax.device_put(model, shardings.model), moments)
+    model = jax.device_put(model, shardings.model)
+    return TrainState(step, model, moments, jax.device_put(running, shardings.running))

@@ -30,26 +30,33 @@ class LossSums(NamedTuple):
       loss: sum of the loss over what it is a mean of (tokens, pairs).
       weight: how many of those there are.
       metrics: sums over the same units.
+      statistics: sums over the same units, from which a running state is updated.
     """
 
     loss: Array
     weight: Array
     metrics: dict[str, Array]
+    statistics: dict[str, Array] = {}
 
 
-LossFunction = Callable[[nnx.Module, Batch], LossSums]
+# `(model, batch) -> LossSums`; with a running state `(model, batch, running) -> LossSums`.
+LossFunction = Callable[..., LossSums]
+
+# `(running, statistics, weight) -> running`, of sums over a whole batch.
+UpdateRunning = Callable[[dict[str, Array], dict[str, Array], Array], dict[str, Array]]
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, *, accumulated: bool) -> Batch:
     """Puts a global batch, known to every host, on the mesh.
 
-    Arrays of rows (`[rows, width]`, and `[accumulation, rows, width]` when `accumulated`) are
-    split by rows; arrays of one value per response lie whole on every device.
+    Arrays of rows (`[rows, width, ...]`, and `[accumulation, rows, width, ...]` when `accumulated`)
+    are split by rows; arrays of one value per response lie whole on every device.
     """
     lead = (None,) if accumulated else ()
 
     def place(x):
-        names = lead + (("batch", None) if x.ndim == 2 + len(lead) else (None,))
+        inner = x.ndim - len(lead) - 1
+        names = (*lead, "batch" if inner else None, *[None] * inner)
         sharding = named_sharding(mesh, names, x.shape)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
@@ -84,6 +91,7 @@ def make_train_step(
     mesh: Mesh,
     *,
     accumulated: bool,
+    update_running: UpdateRunning | None = None,
 ) -> TrainStep:
     """Compiles `(state, batch) -> (state, metrics)`, once per batch shape.
 
@@ -92,11 +100,14 @@ def make_train_step(
     With `accumulated`, every array of the batch has a leading axis of micro-batches. Their summed
     losses' gradients are added and divided once by the whole batch's weight, so that the result is
     that of the undivided batch however unequal the parts are (TRL's #2617 averaged averages).
+
+    With `update_running`, the loss function also takes `state.running`: every micro-batch takes the
+    state from before the step, which is then updated once, from the sums over the whole batch.
     """
 
-    def gradients(trained, frozen, batch):
+    def gradients(trained, frozen, running, batch):
         def objective(trained):
-            sums = loss_function(combine(trained, frozen), batch)
+            sums = loss_function(combine(trained, frozen), batch, *running)
             # An undivided batch is normalised here, which spares a pass over all gradients.
             return sums.loss if accumulated else sums.loss / jnp.maximum(sums.weight, 1.0), sums
 
@@ -105,13 +116,14 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: nnx.Module, batch: Batch):
         # `state.model` is the trained part.
+        running = () if update_running is None else (state.running,)
         if accumulated:
             first = jax.tree.map(lambda x: x[0], batch)
-            shapes = jax.eval_shape(gradients, state.model, frozen, first)
+            shapes = jax.eval_shape(gradients, state.model, frozen, running, first)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (sums, grads), _ = jax.lax.scan(
                 lambda total, part: (
-                    jax.tree.map(jnp.add, total, gradients(state.model, frozen, part)),
+                    jax.tree.map(jnp.add, total, gradients(state.model, frozen, running, part)),
                     None,
                 ),
                 zeros,
@@ -119,7 +131,7 @@ def make_train_step(
             )
             grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1.0), grads)
         else:
-            sums, grads = gradients(state.model, frozen, batch)
+            sums, grads = gradients(state.model, frozen, running, batch)
         scale = 1.0 / jnp.maximum(sums.weight, 1.0)
         updates, moments = optimizer.update(grads, state.optimizer, state.model)
         metrics = {
@@ -129,7 +141,11 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         trained = optax.apply_updates(state.model, updates)
-        return TrainState(state.step + 1, trained, moments), metrics
+        new = TrainState(state.step + 1, trained, moments, state.running)
+        if update_running is not None:
+            updated = update_running(state.running, sums.statistics, sums.weight)
+            new = new._replace(running=updated)
+        return new, metrics
 
     shardings = state_shardings(state, mesh)
     trained, frozen = partition(shardings.model)

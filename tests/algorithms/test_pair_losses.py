@@ -8,16 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from align_jax import losses
 from align_jax.algorithms import preference
-from align_jax.algorithms.pair_losses import LOSSES, default_loss_options, needs_reference
-from align_jax.algorithms.preference import attach_reference, make_loss
-from align_jax.data import batching, dataset
+from align_jax.algorithms.preference import (
+    Config,
+    LossOptions,
+    attach_reference,
+    options_of,
+    preference_loss,
+)
+from align_jax.data import batching
 from align_jax.data.batching import separate_responses
+from align_jax.data.dataset import Data, examples_of
 from align_jax.errors import RunError
 from align_jax.losses.log_probs import token_log_probs
+from align_jax.losses.preference import LOSSES
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
@@ -27,9 +33,7 @@ NEEDED = {"f_dpo": {"divergence": "jensen_shannon"}, "ld_dpo": {"alpha": 0.5}}
 
 
 def config_of(loss, beta=0.1, **options):
-    filled = default_loss_options()
-    filled.update(NEEDED.get(loss, {}) | options)
-    return ConfigDict({"loss": loss, "beta": beta, "loss_options": filled})
+    return Config(loss=loss, beta=beta, loss_options=LossOptions(**NEEDED.get(loss, {}) | options))
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +44,8 @@ def model():
 @pytest.fixture(scope="module")
 def examples():
     """Pairs whose responses differ in length."""
-    data = dataset.default_data_config(limit=6)
-    found = dataset.load_examples(
-        data, "builtin:tiny_preferences", load_tokenizer("tiny"), kind="preference"
+    found = examples_of(
+        "builtin:tiny_preferences", load_tokenizer("tiny"), Data(limit=6), kind="preference"
     )
     cut = []
     for i, one in enumerate(found):
@@ -83,9 +86,16 @@ def tokens(logits, examples):
 
 
 def batch_of(examples, reference):
-    data = dataset.default_data_config(batch_size=6)
-    attach = attach_reference(examples, np.asarray(reference, np.float32).reshape(-1, 2))
-    return jax.tree.map(jnp.asarray, batching.make_collate(data, attach)(examples))
+    attach = attach_reference(examples, np.asarray(reference, np.float32).reshape(6, -1))
+    return jax.tree.map(jnp.asarray, batching.make_collate(Data(batch_size=6), attach)(examples))
+
+
+def singles(examples):
+    """The chosen responses alone."""
+    return [
+        dataclasses.replace(one, responses=one.responses[:1], response_masks=one.response_masks[:1])
+        for one in examples
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +109,12 @@ def batch(examples, reference):
     return batch_of(examples, reference)
 
 
+def loss_of(config):
+    return preference_loss(LOSSES[config.loss], beta=config.beta, **options_of(config))
+
+
 def value(config, model, batch):
-    sums = jax.jit(make_loss(config))(model, batch)
+    sums = jax.jit(loss_of(config))(model, batch)
     assert float(sums.weight) == 6
     return float(sums.loss), sums.metrics
 
@@ -110,8 +124,10 @@ def log_sigmoid(x):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_takes_a_step_that_lowers_it(model, batch, name):
-    loss = make_loss(config_of(name))
+def test_every_loss_takes_a_step_that_lowers_it(model, batch, examples, reference, name):
+    loss = loss_of(config_of(name))
+    if name == "bco_unpaired":  # the others' second response is the rejected or an unrelated one
+        batch = batch_of(singles(examples), reference[::2])
 
     def mean(model):
         sums = loss(model, batch)
@@ -159,7 +175,7 @@ def test_losses_of_sums_and_of_averages_read_what_their_papers_say(model, batch,
         found, metrics = value(configs.get(name, config_of(name)), model, batch)
         np.testing.assert_allclose(found, values.sum(), rtol=2e-5, err_msg=name)
         rewards = {"simpo": 2.0 * average, "orpo": 0.1 * average}.get(name, 0.1 * total)
-        if not needs_reference(name):
+        if not LOSSES[name].needs_reference:
             np.testing.assert_allclose(
                 metrics["rewards/margins"], gap(rewards).sum(), rtol=1e-4, atol=1e-5, err_msg=name
             )
@@ -182,22 +198,24 @@ def test_wpo_weighs_pairs_by_the_whole_distribution(model, batch, tokens, logits
 def test_ld_dpo_weighs_what_the_longer_response_has_beyond_the_shorter(
     model, examples, tokens, reference
 ):
-    weighted = preference.desensitized(examples, 0.3)
+    config = config_of("ld_dpo", alpha=0.3)
+    weighted = preference.prepared(examples, LOSSES["ld_dpo"], config)
     width = max(map(len, tokens))
     padded = np.stack([np.pad(x, (0, width - len(x))) for x in tokens])
     mask = np.stack([np.arange(width) < len(x) for x in tokens])
     chosen, rejected = losses.preference.ld_dpo_log_probs(
         padded[::2], padded[1::2], mask[::2], mask[1::2], alpha=0.3
     )
-    _, metrics = value(config_of("ld_dpo", alpha=0.3), model, batch_of(weighted, reference))
+    _, metrics = value(config, model, batch_of(weighted, reference))
     np.testing.assert_allclose(metrics["logps/chosen"], chosen.sum(), rtol=1e-5)
     np.testing.assert_allclose(metrics["logps/rejected"], rejected.sum(), rtol=1e-5)
-    plain = batch_of(preference.desensitized(examples, 1.0), reference)
+    plain = preference.prepared(examples, LOSSES["ld_dpo"], config_of("ld_dpo", alpha=1.0))
+    plain = batch_of(plain, reference)
     for name, array in batch_of(examples, reference).items():
         np.testing.assert_array_equal(plain[name], array)
 
 
-def test_kto_takes_its_kl_from_the_mismatched_responses(model, examples, tokens, reference):
+def test_kto_takes_its_kl_from_the_unrelated_responses(model, examples, tokens, reference):
     desirable = np.array([one.extras["label"] for one in examples])
     total = np.array([x.sum() for x in tokens])
     ratio = (total - reference)[::2]
@@ -215,15 +233,17 @@ def test_kto_takes_its_kl_from_the_mismatched_responses(model, examples, tokens,
         np.testing.assert_allclose(metrics["rewards/margins"], margins.sum(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_mismatched_response_is_the_next_examples_and_fits(examples):
-    singles = [
-        dataclasses.replace(one, responses=one.responses[:1], response_masks=one.response_masks[:1])
-        for one in examples
-    ]
+def test_an_unrelated_response_is_the_next_examples_and_fits(examples):
     limit = len(examples[0].prompt) + 4
-    for i, one in enumerate(preference.with_mismatched(singles, limit)):
+    config = Config(loss="kto", data=Data(max_length=limit))
+    given = [
+        dataclasses.replace(one, token_extras={"token": one.responses}) for one in singles(examples)
+    ]
+    for i, one in enumerate(preference.prepared(given, LOSSES["kto"], config)):
         other = examples[(i + 1) % 6].responses[0]
-        assert one.responses[0] is singles[i].responses[0]
+        assert one.responses[0] is examples[i].responses[0]
+        for own, tokens in zip(one.token_extras["token"], one.responses, strict=True):
+            np.testing.assert_array_equal(own, tokens)
         kept = len(one.responses[1])
         assert kept == min(len(other), limit - len(one.prompt)) == len(one.response_masks[1])
         np.testing.assert_array_equal(one.responses[1], other[:kept])
@@ -270,6 +290,16 @@ def test_a_run_of_kto_learns_from_labels(tiny_config, tmp_path):
     assert preference.evaluate(config, workdir)["eval"] == pytest.approx(summary["eval"], rel=1e-4)
 
 
+def test_only_what_reads_unrelated_responses_gets_them(examples):
+    given = singles(examples)
+    for name in LOSSES:
+        config = config_of(name)
+        prepared = preference.prepared(given, LOSSES[name], config)
+        assert all(len(one.responses) == 1 + (name == "kto") for one in prepared), name
+        changed = [a is not b for a, b in zip(prepared, given)]
+        assert all(changed) if name in ("kto", "ld_dpo") else not any(changed)
+
+
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [
@@ -277,39 +307,59 @@ def test_a_run_of_kto_learns_from_labels(tiny_config, tmp_path):
         ("dpo", {"tau": 0.1}, r"loss_options.tau is no option of the loss 'dpo'; it has label_smo"),
         ("ipo", {"label_smoothing": 0.1}, "no option of the loss 'ipo'; it has sft_weight"),
         ("kto", {"sft_weight": 1.0}, "sft_weight is no option of the loss 'kto'"),
-        ("f_dpo", {"divergence": None}, "the loss 'f_dpo' needs config.loss_options.divergence"),
-        ("ld_dpo", {"alpha": None}, "the loss 'ld_dpo' needs config.loss_options.alpha"),
-        ("f_dpo", {"divergence": "kl"}, "'f_dpo': `divergence` must be 'reverse_kl'.*'kl'"),
-        ("robust_dpo", {"label_smoothing": 0.5}, "`label_smoothing` must be in"),
-        ("exo", {"label_smoothing": 0.0}, r"`label_smoothing` must be in \(0, 0.5\)"),
-        ("ld_dpo", {"alpha": 1.5}, "`alpha` must be in"),
-        ("discopop", {"tau": 0.0}, "`tau` must be above 0"),
-        ("sppo", {"win_probability": 2.0}, "`win_probability` must be in"),
+        (
+            "f_dpo",
+            {"divergence": None},
+            "loss_options.divergence is missing: the loss 'f_dpo' needs it",
+        ),
+        ("ld_dpo", {"alpha": None}, "loss_options.alpha is missing: the loss 'ld_dpo' needs it"),
+        ("f_dpo", {"divergence": "kl"}, "divergence is 'kl'; expected one of 'reverse_kl'"),
+        (
+            "robust_dpo",
+            {"label_smoothing": 0.5},
+            "label_smoothing is 0.5; expected at least 0 and b",
+        ),
+        ("exo", {"label_smoothing": 0.0}, "label_smoothing is 0.0; expected above 0 and below 0.5"),
+        ("ld_dpo", {"alpha": 1.5}, "config.loss_options.alpha is 1.5; expected from 0 to 1"),
+        ("discopop", {"tau": 0.0}, "loss_options.tau is 0.0; expected a number above 0"),
+        ("sppo", {"win_probability": 2.0}, "win_probability is 2.0; expected from 0 to 1"),
         ("simpo", {"gamma": math.nan}, "loss_options.gamma is nan; expected a finite number"),
-        ("cpo", {"sft_weight": -1.0}, "sft_weight is -1.0; expected at least 0"),
+        ("cpo", {"sft_weight": -1.0}, "sft_weight is -1.0; expected a number at least 0"),
     ],
 )
 def test_a_wrong_loss_or_option_is_named(loss, options, message):
     with pytest.raises(RunError, match=message):
-        make_loss(config_of(loss, **options))
+        config_of(loss, **options)
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
 def test_beta_is_above_0(beta):
-    with pytest.raises(RunError, match="config.beta is .*; expected a number above 0"):
-        make_loss(config_of("dpo", beta))
+    expected = "a number above 0" if math.isfinite(beta) else "a finite number"
+    with pytest.raises(RunError, match=f"config.beta is {beta}; expected {expected}"):
+        config_of("dpo", beta)
 
 
 def test_options_are_set_from_the_command_line(tiny_config):
     config = tiny_config(
         "dpo", {"loss": "f_dpo", "loss_options.divergence": "alpha", "loss_options.alpha": 0.25}
     )
-    assert dict(config.loss_options.items())["alpha"] == 0.25
-    make_loss(config)
+    assert options_of(config) == {"divergence": "alpha", "alpha": 0.25}
     with pytest.raises(RunError, match="no field 'loss_options.label_smoothin'. Did you mean"):
         tiny_config("dpo", {"loss_options.label_smoothin": 0.1})
 
 
 def test_a_config_without_options_has_the_losses_own(model, batch):
-    with_them = value(config_of("exo"), model, batch)[0]
-    assert value(ConfigDict({"loss": "exo", "beta": 0.1}), model, batch)[0] == with_them
+    without = Config.from_dict({"loss": "exo", "beta": 0.1})
+    assert options_of(without) == {} and without.loss_options == LossOptions()
+    with_it = value(config_of("exo", label_smoothing=1e-3), model, batch)[0]
+    assert value(without, model, batch)[0] == pytest.approx(with_it, rel=1e-6)
+
+
+def test_the_options_are_those_of_all_losses():
+    names = {option.name for loss in LOSSES.values() for option in loss.all_options}
+    assert set(LossOptions().to_dict()) == names
+    config = Config().to_config_dict()
+    for loss in LOSSES.values():
+        for option in loss.all_options:
+            assert config.loss_options.get_type(option.name) is option.type
+            assert config.loss_options[option.name] is None

@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ from align_jax.data.batching import (
     build_batch,
     example_size,
     longest_row,
+    make_collate,
     round_up_to_bucket,
     separate_responses,
 )
+from align_jax.data.dataset import Data
 from align_jax.data.tokenise import Example
 from align_jax.errors import DataError
 
@@ -188,3 +191,99 @@ def test_the_longest_row_is_known_without_building_the_batch(examples, data):
     targets = (batch["target_mask"] > 0).sum(1).max()
     sizes = [example_size(example) for example in examples]
     assert longest_row(sizes, rows=rows) == (tokens, targets)
+
+
+# --- values of tokens
+
+
+def with_extras(one):
+    """The example whose tokens carry themselves, and twice themselves and their place."""
+    pairs = tuple(
+        np.stack([2 * tokens, np.arange(len(tokens))], 1).astype(np.float32)
+        for tokens in one.responses
+    )
+    return dataclasses.replace(one, token_extras={"token": one.responses, "pair": pairs})
+
+
+def check_extras(batch):
+    """Every target's values are its own, and nothing else has any."""
+    counted = batch["target_mask"] > 0
+    assert batch["token"].dtype == np.int32 and batch["pair"].dtype == np.float32
+    assert batch["pair"].shape == (*counted.shape, 2)
+    np.testing.assert_array_equal(batch["token"], batch["targets"])
+    np.testing.assert_array_equal(batch["pair"][..., 0], 2 * batch["targets"])
+    assert not batch["token"][~counted].any() and not batch["pair"][~counted].any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(_example, min_size=1, max_size=6), st.data())
+def test_values_of_tokens_stand_where_their_targets_do(examples, data):
+    rows = data.draw(st.integers(1, len(examples)))
+    examples = [with_extras(one) for one in examples]
+    arguments = dict(length_buckets=BUCKETS, target_buckets=BUCKETS)
+    batch = build_batch(examples, rows=rows, **arguments)
+    check_extras(batch)
+    # The place of every target in its response, in the order of the responses.
+    expected, number = collections.Counter(), 0
+    for one in examples:
+        for mask in one.response_masks:
+            places = np.flatnonzero(mask)
+            expected.update((number, int(j)) for j in places if j or len(one.prompt))
+            number += 1
+    counted = batch["target_mask"] > 0
+    places = batch["pair"][..., 1][counted].astype(int).tolist()
+    assert collections.Counter(zip(batch["target_response"][counted], places)) == expected
+    copies = separate_responses(examples)
+    check_extras(build_batch(copies, rows=len(copies), **arguments))
+
+
+def test_values_of_tokens_with_prompts_that_have_no_target():
+    examples = [
+        example([1, 2], []),
+        example([1], [[3, 4], [5]]),
+        example([], [[6, 7, 8]]),
+        example([9], [[6, 7]], masks=[[0, 0]]),
+    ]
+    batch = build_batch(
+        [with_extras(one) for one in examples], rows=2, length_buckets=(16,), target_buckets=(8,)
+    )
+    check_extras(batch)
+    assert sorted(batch["pair"][batch["target_mask"] > 0].tolist()) == [
+        [6, 0],
+        [8, 1],
+        [10, 0],
+        [14, 1],
+        [16, 2],
+    ]
+
+
+def test_values_of_tokens_in_micro_batches_of_unequal_width():
+    examples = [example([1], [list(range(2, 2 + n))]) for n in (3, 9, 1, 2)]
+    data = Data(
+        batch_size=4, accumulation=2, rows=1, length_buckets=(8, 16), target_buckets=(4, 16)
+    )
+    batch = make_collate(data)([with_extras(one) for one in examples])
+    assert batch["pair"].shape == (2, 1, 16, 2)
+    check_extras(batch)
+
+
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        ({"value": (np.zeros(1), np.zeros(1))}, r"'value' of example 1 .* \[1, 1\] .*\[2, 1\]"),
+        ({"value": (np.zeros(2),)}, r"'value' of example 1 .* \[2\] tokens, not \[2, 1\]"),
+        ({"value": (np.zeros((2, 3)), np.zeros((1, 4)))}, r"shape \(4,\) .* of \(3,\)"),
+        ({"value": (np.zeros(2), np.zeros(1, np.int32))}, "are int32 .* expected float64"),
+        ({"targets": (np.zeros(2), np.zeros(1))}, "no array of a batch"),
+    ],
+)
+def test_values_that_do_not_fit_the_tokens_are_refused(extras, message):
+    one = dataclasses.replace(example([1], [[2, 3], [4]], id=1), token_extras=extras)
+    with pytest.raises(DataError, match=message):
+        build_batch([one], rows=1, length_buckets=(8,), target_buckets=(8,))
+
+
+def test_all_examples_have_the_same_values():
+    examples = [with_extras(example([1], [[2]])), example([1], [[2]], id=7)]
+    with pytest.raises(DataError, match=r"example 7: \[\]; expected .* 0: \['pair', 'token'\]"):
+        build_batch(examples, rows=2, length_buckets=(8,), target_buckets=(8,))

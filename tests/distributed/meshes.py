@@ -1,5 +1,6 @@
 """Run by test_meshes.py under eight forced CPU devices: DPO, rewards, sampling on three meshes."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -10,18 +11,23 @@ import numpy as np
 
 from align_jax.algorithms import comparisons, preference, reward_model, settings_of
 from align_jax.config import load_config
-from align_jax.data import batching, dataset
+from align_jax.data import batching
+from align_jax.data.dataset import Data, examples_of
+from align_jax.data.tokenise import Example
 from align_jax.distributed import mesh as meshes
 from align_jax.generation import generate
+from align_jax.losses.preference import LOSSES
 from align_jax.models.heads import ScalarModel
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.rewards.model import RewardModel, RewardScale
-from align_jax.training import offline, pretrained
+from align_jax.training import pretrained
 from align_jax.training.metrics import read_metrics
 from align_jax.training.optimizer import make_optimizer, make_schedule
+from align_jax.training.pretrained import MeshSizes
 from align_jax.training.reference import compute_log_probs
 from align_jax.training.state import init_state
 from align_jax.training.step import make_train_step, place_batch
+from align_jax.training.workdir import Workdir
 from align_jax.trees import flatten
 
 CONFIG = pathlib.Path(__file__).parents[2] / "experiments" / "dpo.py"
@@ -36,7 +42,8 @@ MESHES = {
 def config():
     overrides = ["num_steps=5", "data.batch_size=16", "data.accumulation=2", "data.limit=64"]
     overrides += ["optimizer.weight_decay=0.1", "remat=linear"]
-    return load_config(f"{CONFIG}:scale=tiny", [f"--config.{item}" for item in overrides])
+    items = [f"--config.{item}" for item in overrides]
+    return settings_of(load_config(f"{CONFIG}:scale=tiny", items))
 
 
 def check_shares(state, shares):
@@ -56,16 +63,15 @@ def steps(mesh, shares):
     """Five steps by the trainer's own parts: metrics, and greedy tokens of what came out."""
     c = config()
     tokenizer = load_tokenizer("tiny")
-    examples = dataset.load_examples(c.data, c.data.source, tokenizer, kind="preference")
+    examples = examples_of(c.data.source, tokenizer, c.data, kind="preference")
     model = load_model("tiny", mesh=mesh, remat=c.remat)
     reference = compute_log_probs(model, mesh, examples, c.data)
     collate = batching.make_collate(c.data, preference.attach_reference(examples, reference))
     optimizer = make_optimizer(c.optimizer, c.num_steps)
     state = init_state(model, optimizer, mesh)
     schedule = make_schedule(c.optimizer, c.num_steps)
-    step = make_train_step(
-        preference.make_loss(c), optimizer, schedule, state, mesh, accumulated=True
-    )
+    loss = preference.preference_loss(LOSSES[c.loss], beta=c.beta)
+    step = make_train_step(loss, optimizer, schedule, state, mesh, accumulated=True)
     rows = []
     with jax.set_mesh(mesh):
         for number in range(c.num_steps):
@@ -89,24 +95,46 @@ def steps(mesh, shares):
 
 
 def through_train(directory, sizes):
-    """The metrics of `offline.train` on the config's mesh."""
-    c = config()
-    c.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    examples = dataset.load_examples(
-        c.data, c.data.source, load_tokenizer("tiny"), kind="preference"
-    )
-    model, mesh = pretrained.open_model(c)
-    reference = compute_log_probs(model, mesh, examples, c.data)
-    attach = preference.attach_reference(examples, reference)
-    loss = preference.make_loss(c)
-    directory.mkdir()
-    offline.train(c, directory, model, mesh, examples, loss, attach=attach, description="DPO")
+    """The metrics of `preference.run` on the config's mesh."""
+    data, fsdp, tensor = sizes
+    c = dataclasses.replace(config(), mesh=MeshSizes(data=data, fsdp=fsdp, tensor=tensor))
+    preference.run(c, Workdir(directory, c))
+    mesh = pretrained.open_mesh(c)
     # What eight devices saved, eight devices laid out otherwise read.
     other = pretrained.restored_model(c, directory, meshes.make_mesh(fsdp=4, tensor=2))
     again = pretrained.restored_model(c, directory, mesh)
     for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     return read_metrics(directory)
+
+
+def token_extras(mesh):
+    """A sum over values of tokens `[L,3]`, packed and in micro-batches, split by rows."""
+    rng = np.random.default_rng(0)
+    examples = [
+        Example.of_samples(i, [9, 8], [[7] * int(n), [6]]) for i, n in enumerate(range(1, 65))
+    ]
+    examples = [
+        dataclasses.replace(
+            one,
+            token_extras={
+                "teacher": tuple(rng.random((len(r), 3), np.float32) for r in one.responses)
+            },
+        )
+        for one in examples
+    ]
+    data = Data(batch_size=64, accumulation=2, rows=16)
+    with jax.set_mesh(mesh):
+        batch = place_batch(batching.make_collate(data)(examples), mesh, accumulated=True)
+        teacher, targets = batch["teacher"], batch["targets"]
+        assert teacher.shape == (*targets.shape, 3)
+        for shard, other in zip(teacher.addressable_shards, targets.addressable_shards):
+            assert shard.data.shape == (*other.data.shape, 3)
+            assert shard.data.shape[1] == 16 // (mesh.shape["data"] * mesh.shape["fsdp"])
+        total = jax.jit(lambda b: (b["teacher"] * b["target_mask"][..., None]).sum((0, 1, 2)))
+        found = np.asarray(total(batch))
+    expected = sum(r.sum(0) for one in examples for r in one.token_extras["teacher"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def rewards(mesh):
@@ -149,6 +177,7 @@ def main(scratch: pathlib.Path) -> None:
         np.testing.assert_allclose(sharded_reference, reference, atol=1e-4)
         compare(sizes, sharded, rows)
         np.testing.assert_array_equal(sharded_tokens, tokens)
+        token_extras(mesh)
         np.testing.assert_allclose(rewards(mesh), rewards(single), atol=1e-4)
     losses = through_train(scratch / "run", (2, 2, 2))
     assert [row["step"] for row in losses] == [1, 2, 3, 4, 5]

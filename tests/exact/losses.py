@@ -42,9 +42,8 @@ def preference_batch(world: World, flip_rate: float = 0.0) -> Batch:
 
 
 def trainer_loss(name: str, beta: float, **options: float | str) -> LossFunction:
-    """`algorithms.preference.make_loss`."""
-    config = {"loss": name, "beta": beta, "loss_options": options}
-    return preference.make_loss(ConfigDict(config))
+    """`algorithms.preference.preference_loss`."""
+    return preference.preference_loss(losses.preference.LOSSES[name], beta=beta, **options)
 
 
 def kto_batch(world: World, flip_rate: float = 0.0) -> Batch:

@@ -188,7 +188,7 @@ pi* = ref exp(r / beta) / Z is known, and the reference is {far} nats from it (i
 as all distances here).
 
 A Transformer starts from the reference and is trained by the project's own train step
-(`training.step`) on the trainers' own losses (`algorithms.preference.make_loss`, and
+(`training.step`) on the trainers' own losses (`algorithms.preference.preference_loss`, and
 `advantages_of` and `make_loss` of `algorithms.policy_objective`): the code that trains SmolLM2.
 Batches are exact expectations: all pairs, equally often, with the probabilities of their
 Bradley-Terry labels, or all responses (or groups of them) with their probabilities. Three

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from align_jax.algorithms.preference import make_loss
+from align_jax.algorithms.preference import preference_loss
 from align_jax.data.batching import build_batch
 from align_jax.data.tokenise import Example
-from align_jax.losses.preference import kto_loss
+from align_jax.losses.preference import LOSSES, kto_loss
 from align_jax.losses.ranking import minimax_winner
 from tests.exact import fixed_points, losses, methods
 from tests.exact.language import (
@@ -208,7 +207,7 @@ def test_sharing_hidden_states_changes_neither_loss_nor_gradient():
     reference = reference.astype(np.float32)
     ordinary["reference_log_probs"] = reference[repeated].ravel()
     shared = pair_batch(language, pairs, weight) | {"reference_log_probs": reference.ravel()}
-    loss = make_loss(ConfigDict({"loss": "dpo", "beta": 0.5}))
+    loss = preference_loss(LOSSES["dpo"], beta=0.5)
 
     def per_pair(model, batch):
         sums = loss(model, batch)

@@ -14,7 +14,7 @@ from align_jax.data.tokenise import Example
 from align_jax.distributed.mesh import make_mesh
 from align_jax.models.config import TransformerConfig
 from align_jax.models.transformer import Transformer
-from align_jax.training.optimizer import default_optimizer_config, make_optimizer, make_schedule
+from align_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
 from align_jax.training.scoring import sum_by_response, target_log_probs
 from align_jax.training.state import init_state
 from align_jax.training.step import Batch, LossFunction, LossSums, make_train_step, place_batch
@@ -63,7 +63,7 @@ def enumeration(language: Language) -> Batch:
 
 
 def pair_batch(language: Language, pairs: np.ndarray, weight: np.ndarray) -> Batch:
-    """Comparisons `[M,3]` (prompt, chosen, rejected) with weights `[M]`, for `make_loss`.
+    """Comparisons `[M,3]` (prompt, chosen, rejected) with weights `[M]`, for `preference_loss`.
 
     Row by row the enumeration, in which the targets of a response are repeated for every pair it
     is in: its hidden states are computed once. `test_language.py` holds this to the ordinary batch
@@ -127,7 +127,7 @@ class Run:
     schedule: str = "cosine"
 
     def optimizer_config(self):
-        return default_optimizer_config(
+        return Optimizer(
             learning_rate=self.learning_rate,
             schedule=self.schedule,
             max_grad_norm=1e9,

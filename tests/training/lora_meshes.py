@@ -6,10 +6,12 @@ import pathlib
 import jax
 import numpy as np
 
-from align_jax.algorithms import preference
+from align_jax.algorithms import preference, settings_of
 from align_jax.config import load_config
-from align_jax.data import batching, dataset
+from align_jax.data import batching
+from align_jax.data.dataset import examples_of
 from align_jax.distributed.mesh import make_mesh
+from align_jax.losses.preference import LOSSES
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.models.lora import add_adapters, merge_adapters, without_adapters
 from align_jax.training.optimizer import make_optimizer, make_schedule
@@ -28,12 +30,9 @@ MESHES = {
 
 
 def steps(mesh, shares):
-    c = load_config(
-        f"{CONFIG}:scale=tiny", ["--config.data.limit=16", "--config.data.batch_size=8"]
-    )
-    examples = dataset.load_examples(
-        c.data, c.data.source, load_tokenizer("tiny"), kind="preference"
-    )
+    overrides = ["--config.data.limit=16", "--config.data.batch_size=8"]
+    c = settings_of(load_config(f"{CONFIG}:scale=tiny", overrides))
+    examples = examples_of(c.data.source, load_tokenizer("tiny"), c.data, kind="preference")
     model = add_adapters(
         load_model("tiny", mesh=mesh), rank=4, alpha=8.0, key=jax.random.key(0), mesh=mesh
     )
@@ -42,9 +41,8 @@ def steps(mesh, shares):
     optimizer = make_optimizer(c.optimizer, 4)
     state = init_state(model, optimizer, mesh)
     schedule = make_schedule(c.optimizer, 4)
-    step = make_train_step(
-        preference.make_loss(c), optimizer, schedule, state, mesh, accumulated=False
-    )
+    loss = preference.preference_loss(LOSSES[c.loss], beta=c.beta)
+    step = make_train_step(loss, optimizer, schedule, state, mesh, accumulated=False)
     rows = []
     with jax.set_mesh(mesh):
         for number in range(4):

@@ -26,8 +26,8 @@ SETTINGS = {"checkpoint_every": 2, "optimizer.weight_decay": 0.1}
 SETTINGS |= {"data.accumulation": 2, "data.batch_size": 4}
 
 
-def start(workdir, num_steps, environment):
-    settings = SETTINGS | {"num_steps": num_steps}
+def start(workdir, num_steps, loss, environment):
+    settings = SETTINGS | {"num_steps": num_steps, "loss": loss}
     command = [sys.executable, "-m", "align_jax", "train", f"--workdir={workdir}"]
     command += ["--config=experiments/dpo.py:scale=tiny"]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
@@ -64,19 +64,22 @@ def parameters(workdir, num_steps):
     return leaves
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_and_continued_it_ends_bitwise_the_same(tmp_path, kills):
+# BCO carries a running state from step to step.
+@pytest.mark.parametrize(
+    ("kills", "loss"), [(3, "dpo"), (1, "bco"), pytest.param(10, "dpo", marks=pytest.mark.slow)]
+)
+def test_killed_and_continued_it_ends_bitwise_the_same(tmp_path, kills, loss):
     num_steps = STEPS_PER_KILL * kills
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALIGN_JAX_CACHE": str(tmp_path / "cache")}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole, num_steps, environment).wait(timeout=120) == 0, log_of(whole)
+    assert start(whole, num_steps, loss, environment).wait(timeout=120) == 0, log_of(whole)
     times = [row["wall_time"] for row in read_metrics(whole)]
     step_seconds = (times[-1] - times[0]) / (num_steps - 1)
 
     half_saved = 0
     for seed in range(kills):
         moment = random.Random(seed)
-        process = start(killed, num_steps, environment)
+        process = start(killed, num_steps, loss, environment)
         target = last_step(killed) + moment.randint(1, STEPS_PER_KILL - 4)
         while last_step(killed) < target:
             assert process.poll() is None, log_of(killed)
@@ -90,7 +93,7 @@ def test_killed_and_continued_it_ends_bitwise_the_same(tmp_path, kills):
         assert process.wait() == -9, f"run {seed} was over before it was killed"
         assert last_step(killed) < num_steps
         half_saved += saving(killed)
-    process = start(killed, num_steps, environment)
+    process = start(killed, num_steps, loss, environment)
     assert process.wait(timeout=120) == 0, log_of(killed)
 
     assert half_saved, "no kill hit a save: this test has lost its point"

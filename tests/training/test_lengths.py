@@ -1,10 +1,13 @@
 """Rows of packed examples that no bucket holds are found before anything is computed."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from align_jax.algorithms import preference
-from align_jax.data import batching, dataset
+from align_jax.data import batching
+from align_jax.data.dataset import Data
 from align_jax.data.loader import Loader
 from align_jax.errors import DataError
 from align_jax.training import offline, scoring
@@ -20,15 +23,18 @@ def examples(make_examples):
 
 
 def config_of(accumulation, rows):
-    config = offline.default_offline_config()
-    config.data = dataset.default_data_config(
+    data = Data(
         batch_size=SIZE,
         accumulation=accumulation,
         rows=rows,
         length_buckets=(HUGE,),
         target_buckets=(HUGE,),
     )
-    return config
+    return offline.OfflineConfig(data=data)
+
+
+def with_data(config, **data):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
 
 
 def widths_of(batches):
@@ -46,12 +52,11 @@ def test_every_batch_of_a_training_is_looked_at(examples, accumulation, rows):
     if not rows:  # every example is looked at, as each may come to be trained on
         widths = [max(map(max_of, examples)) for max_of in (row_tokens, row_targets)]
     for part, key in enumerate(("length_buckets", "target_buckets")):
-        config.data[key] = (widths[part],)
-        offline.check_training_lengths(config, examples, STEPS)
-        config.data[key] = (widths[part] - 1,)
+        fits = with_data(config, **{key: (widths[part],)})
+        offline.check_training_lengths(fits, examples, STEPS)
+        narrow = with_data(config, **{key: (widths[part] - 1,)})
         with pytest.raises(DataError, match=f"^{widths[part]} fits in none .* data.{key}"):
-            offline.check_training_lengths(config, examples, STEPS)
-        config.data[key] = (HUGE,)
+            offline.check_training_lengths(narrow, examples, STEPS)
 
 
 def row_tokens(example):
@@ -74,11 +79,11 @@ def test_scoring_looks_at_all_its_batches_before_the_first(examples, mesh):
         scored.append(batch["tokens"].shape)
         return np.zeros(SIZE)
 
-    data.length_buckets = (width - 1,)
+    data = dataclasses.replace(data, length_buckets=(width - 1,))
     with pytest.raises(DataError, match=f"^{width} fits in none"):
         scoring.score_responses(score, mesh, examples, data, description="scoring")
     assert not scored
-    data.length_buckets = (width,)
+    data = dataclasses.replace(data, length_buckets=(width,))
     scoring.score_responses(score, mesh, examples, data, description="scoring")
     assert scored == [(1, width)] * 7
 
@@ -95,11 +100,11 @@ def test_a_run_ends_before_the_reference_is_scored(tiny_config, tmp_path, monkey
     monkeypatch.setattr(preference, "reference_log_probs", score)
     overrides = {"data.length_buckets": (64,), "data.batch_size": 8, "data.rows": 8}
     if held_out:
-        monkeypatch.setattr(offline, "check_training_lengths", lambda *args: None)
+        monkeypatch.setattr(preference, "check_training_lengths", lambda *args: None)
         overrides["data.eval_source"] = "builtin:tiny_preferences"
     config = tiny_config("dpo", overrides)
     with pytest.raises(Scored):  # eight rows for eight examples: each fits
         preference.run(config, Workdir(tmp_path / "fits", config))
-    config.data.rows = 1
+    config = with_data(config, rows=1)
     with pytest.raises(DataError, match="if data.rows packs examples, raise it"):
         preference.run(config, Workdir(tmp_path / "packed", config))

@@ -1,5 +1,6 @@
 """The offline loop: what is not finite stops it, signals stop it cleanly, shapes compile once."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -21,7 +22,7 @@ from align_jax.models.interchange import load_model
 from align_jax.training import offline, signals
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.metrics import MetricWriter, read_metrics
-from align_jax.training.offline import fit
+from align_jax.training.offline import fit_offline, train_offline
 from align_jax.training.signals import Interrupted
 from align_jax.training.state import TrainState
 from align_jax.training.step import LossSums
@@ -63,7 +64,7 @@ def test_an_exploding_loss_stops_with_its_step_and_examples_and_is_not_saved(
     assert bad > 1, "the test wants a step before the bad one"
     model = load_model("tiny", mesh=mesh)
     with pytest.raises(RunError) as caught:
-        offline.train(
+        train_offline(
             config, tmp_path, model, mesh, examples, poison, attach=attach, description="SFT"
         )
     message = str(caught.value)
@@ -81,7 +82,7 @@ def test_parameters_that_are_nan_stop_the_first_step_and_nothing_is_saved(
     scale[0] = np.nan
     model.final_norm.scale.set_value(jnp.asarray(scale))
     with pytest.raises(RunError, match=r"loss and grad_norm not finite at step 1 \(loss nan"):
-        offline.train(
+        train_offline(
             config,
             tmp_path,
             model,
@@ -107,7 +108,7 @@ def run_fit(tmp_path, mesh, train_step, *, num_steps=6, checkpoint_every=100):
     checkpointer = Checkpointer(tmp_path / "checkpoints", clean=True)
     try:
         with MetricWriter(tmp_path) as writer:
-            return fit(
+            return fit_offline(
                 state,
                 train_step,
                 loader,
@@ -215,8 +216,8 @@ def test_a_signalled_process_saves_and_says_how_to_continue(tmp_path, number):
 def test_the_step_is_compiled_once_for_each_shape_of_batch(
     tiny_config, mesh, tmp_path, make_examples, monkeypatch
 ):
-    config = tiny_config("sft", {"num_steps": 6, "data.batch_size": 2})
-    config.data.update(length_buckets=(16, 32, 64), target_buckets=(64,))
+    overrides = {"data.length_buckets": (16, 32, 64), "data.target_buckets": (64,)}
+    config = tiny_config("sft", overrides | {"num_steps": 6, "data.batch_size": 2})
     examples = make_examples([(3, 2 + 5 * i) for i in range(6)])
     steps, shapes = [], []
 
@@ -226,22 +227,22 @@ def test_the_step_is_compiled_once_for_each_shape_of_batch(
             return train_step(state, batch)
 
         steps.append(train_step)
-        return fit(state, step, loader, **keywords)
+        return fit_offline(state, step, loader, **keywords)
 
-    monkeypatch.setattr(offline, "fit", spy)
+    monkeypatch.setattr(offline, "fit_offline", spy)
 
     def train():
         model = load_model("tiny", mesh=mesh)
-        return offline.train(
+        return train_offline(
             config, tmp_path, model, mesh, examples, sft.loss_sums, description="SFT"
-        )
+        ).model
 
     model = train()
     assert len(shapes) == 6 and len(set(shapes)) > 1
     assert steps[0]._cache_size() == len(set(shapes))
     # Restored from a checkpoint the state still has the one layout that was compiled for.
     shapes.clear()
-    config.num_steps = 12
+    config = dataclasses.replace(config, num_steps=12)
     train()
     assert len(shapes) == 6 and steps[1]._cache_size() == len(set(shapes))
     # A finished run takes no further step.

@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 
 from align_jax import main
-from align_jax.algorithms import preference, sft
+from align_jax.algorithms import preference, settings_of, sft
 from align_jax.config import load_config
-from align_jax.data import batching, dataset
+from align_jax.data import batching
+from align_jax.data.dataset import Data
 from align_jax.errors import RunError
 from align_jax.generation import generate
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.frozen import partition
 from align_jax.models.interchange import load_model
 from align_jax.models.lora import add_adapters, merge_adapters, without_adapters
-from align_jax.training import offline, pretrained
+from align_jax.training import pretrained
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.metrics import read_metrics
-from align_jax.training.optimizer import default_optimizer_config, make_optimizer
+from align_jax.training.offline import train_offline
+from align_jax.training.optimizer import Optimizer, make_optimizer
 from align_jax.training.state import init_state
 from align_jax.training.step import make_train_step, place_batch
 from align_jax.training.workdir import Workdir
@@ -48,7 +50,9 @@ def moved(model, seed=1):
 
 def tiny_dpo(overrides):
     items = [f"--config.{key}={value}" for key, value in overrides.items()]
-    return load_config(f"{HERE.parents[1] / 'experiments' / 'dpo.py'}:scale=tiny", items)
+    return settings_of(
+        load_config(f"{HERE.parents[1] / 'experiments' / 'dpo.py'}:scale=tiny", items)
+    )
 
 
 def nbytes(tree):
@@ -58,10 +62,10 @@ def nbytes(tree):
 def test_only_the_adapters_move_and_the_base_keeps_its_very_arrays(mesh, make_examples):
     base = load_model("tiny", mesh=mesh)
     before = jax.device_get(flatten(base))
-    optimizer = make_optimizer(default_optimizer_config(learning_rate=1e-2, weight_decay=0.1), 10)
+    optimizer = make_optimizer(Optimizer(learning_rate=1e-2, weight_decay=0.1), 10)
     state = init_state(adapted(base, mesh), optimizer, mesh)
     reference, starts = without_adapters(state.model), jax.device_get(flatten(state.model))
-    data = dataset.default_data_config(batch_size=4, accumulation=2)
+    data = Data(batch_size=4, accumulation=2)
     batch = batching.make_collate(data)(make_examples([(3, 9), (5, 4), (2, 2), (7, 5)]))
     step = make_train_step(sft.loss_sums, optimizer, lambda _: 1.0, state, mesh, accumulated=True)
     frozen = jax.tree.leaves(partition(state.model)[1])
@@ -79,7 +83,7 @@ def test_only_the_adapters_move_and_the_base_keeps_its_very_arrays(mesh, make_ex
 
 
 def test_the_optimizer_holds_two_moments_of_the_adapters_and_nothing_of_the_base(mesh):
-    optimizer = make_optimizer(default_optimizer_config(), 10)
+    optimizer = make_optimizer(Optimizer(), 10)
     base = load_model("tiny", mesh=mesh)
     whole, small = (init_state(m, optimizer, mesh) for m in (base, adapted(base, mesh)))
     # Per layer 3 (D + H d) of the queries' factors and so on: D 32, H d 32, K d 16, F 64.
@@ -93,7 +97,7 @@ def test_the_optimizer_holds_two_moments_of_the_adapters_and_nothing_of_the_base
 
 
 def test_checkpoints_hold_the_adapters_alone_and_know_their_base(mesh, tmp_path):
-    optimizer = make_optimizer(default_optimizer_config(), 10)
+    optimizer = make_optimizer(Optimizer(), 10)
 
     def make(base, **arguments):
         return init_state(adapted(base, mesh, **arguments), optimizer, mesh)
@@ -130,8 +134,8 @@ def test_checkpoints_hold_the_adapters_alone_and_know_their_base(mesh, tmp_path)
 @pytest.fixture(scope="module")
 def dpo_run(tmp_path_factory):
     """The workdir of a DPO run with adapters on one batch again and again, and its config."""
-    config = tiny_dpo({"num_steps": 8, "lora.rank": 4, "data.limit": 8})
-    config.optimizer.learning_rate = 0.01
+    overrides = {"num_steps": 8, "lora.rank": 4, "data.limit": 8, "optimizer.learning_rate": 0.01}
+    config = tiny_dpo(overrides)
     workdir = Workdir(tmp_path_factory.mktemp("runs") / "dpo", config)
     preference.run(config, workdir)
     return workdir.path, config
@@ -157,8 +161,7 @@ def test_a_runs_model_is_its_base_with_trained_adapters_and_exports_merged(dpo_r
     for a, b in zip(jax.tree.leaves(exported), jax.tree.leaves(merged), strict=True):
         np.testing.assert_array_equal(a, b)
     # Another run that begins with this one has a base of its own: the merged model.
-    config = tiny_dpo({"lora.rank": 2})
-    config.model = str(path)
+    config = tiny_dpo({"lora.rank": 2, "model": path})
     after, _ = pretrained.open_model(config)
     base = jax.tree.leaves(without_adapters(after))
     for a, b in zip(base, jax.tree.leaves(merged), strict=True):
@@ -169,15 +172,15 @@ def test_a_run_continued_is_bitwise_the_run_that_was_left_alone(mesh, make_examp
     examples = make_examples([(3, 5 + i) for i in range(8)])
 
     def train(name, num_steps):
-        config = tiny_dpo({"num_steps": num_steps, "data.batch_size": 4, "lora.rank": 2})
-        config.lora.targets = "query, down"
-        config.optimizer.schedule = "constant"
+        overrides = {"num_steps": num_steps, "data.batch_size": 4, "lora.rank": 2}
+        overrides |= {"lora.targets": "query, down", "optimizer.schedule": "constant"}
+        config = tiny_dpo(overrides)
         model, _ = pretrained.open_model(config)
         (tmp_path / name).mkdir(exist_ok=True)
-        model = offline.train(
+        trained = train_offline(
             config, tmp_path / name, model, mesh, examples, sft.loss_sums, description="SFT"
         )
-        return jax.device_get(flatten(model))
+        return jax.device_get(flatten(trained.model))
 
     whole = train("whole", 5)
     train("parts", 2)
@@ -218,9 +221,7 @@ def test_the_samplers_log_probs_are_those_of_the_trainers_forward_pass():
     ],
 )
 def test_bad_values_are_refused_by_their_place_in_the_config(model, lora, message):
-    config = tiny_dpo({})
-    config.model = model
-    config.lora.update(lora)
+    config = preference.Config(model=model, lora=pretrained.Lora(**lora))
     with pytest.raises(RunError, match=message):
         pretrained.open_model(config)
 

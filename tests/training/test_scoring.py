@@ -10,8 +10,8 @@ from align_jax.data.batching import build_batch, separate_responses
 from align_jax.data.records import parse_record
 from align_jax.data.tokenise import encode_records
 from align_jax.losses.log_probs import token_log_probs
+from align_jax.losses.preference import LOSSES
 from align_jax.models.interchange import load_model, load_tokenizer
-from align_jax.training import offline
 from align_jax.training.scoring import sum_by_response, target_log_probs
 from align_jax.trees import flatten
 
@@ -63,12 +63,6 @@ def test_shared_prompt_rows_give_the_log_probs_of_separate_rows(model, make_exam
     np.testing.assert_allclose(shared, expected, rtol=1e-6, atol=1e-4)
 
 
-def make_loss():
-    config = offline.default_offline_config()
-    config.loss, config.beta = "dpo", 0.5
-    return preference.make_loss(config)
-
-
 def value_and_gradient(loss_function, model, batch):
     def mean(model):
         sums = loss_function(model, batch)
@@ -87,11 +81,11 @@ def test_packing_buckets_and_order_change_neither_losses_nor_gradients(tiny, mak
         (range(4), {"lengths": (96,), "targets": (130,)}),
         ((2, 0, 3, 1), {"rows": 2}),
     ]
-    results = []
+    loss, results = preference.preference_loss(LOSSES["dpo"], beta=0.5), []
     for order, settings in layouts:
         batch = batch_of([examples[i] for i in order], **settings)
         batch["reference_log_probs"] = jnp.asarray(reference[list(order)].ravel())
-        results.append(value_and_gradient(make_loss(), tiny, batch))
+        results.append(value_and_gradient(loss, tiny, batch))
     (expected, gradient), *others = results
     assert 0.1 < expected < 100
     for value, other in others:

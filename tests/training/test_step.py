@@ -8,11 +8,12 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from align_jax.algorithms import preference, sft
-from align_jax.data import batching, dataset
+from align_jax.data import batching
+from align_jax.data.dataset import Data
 from align_jax.distributed.partitioning import MESH_AXES
+from align_jax.losses.preference import LOSSES
 from align_jax.models.interchange import load_model
-from align_jax.training import offline
-from align_jax.training.optimizer import default_optimizer_config, make_optimizer
+from align_jax.training.optimizer import Optimizer, make_optimizer
 from align_jax.training.state import TrainState, init_state, state_shardings
 from align_jax.training.step import LossSums, make_train_step, place_batch
 from align_jax.trees import flatten
@@ -32,7 +33,7 @@ UNEQUAL = [
 
 def one_step(mesh, loss_function, examples, attach, **data):
     """Metrics of one step of plain SGD at rate 1 and the parameters after it."""
-    data = dataset.default_data_config(
+    data = Data(
         batch_size=len(examples), length_buckets=(16, 64, 192), target_buckets=(16, 192), **data
     )
     optimizer = optax.sgd(1.0)
@@ -52,12 +53,10 @@ def sft_case(make_examples):
 
 
 def dpo_case(make_examples):
-    config = offline.default_offline_config()
-    config.loss, config.beta = "dpo", 0.5
     examples = make_examples(UNEQUAL)
     reference = -np.random.default_rng(1).uniform(5, 300, (len(examples), 2)).astype(np.float32)
     return (
-        preference.make_loss(config),
+        preference.preference_loss(LOSSES["dpo"], beta=0.5),
         examples,
         preference.attach_reference(examples, reference),
     )
@@ -111,7 +110,7 @@ def test_the_logged_gradient_norm_is_before_clipping_and_the_update_after(mesh, 
     state = init_state(load_model("tiny", mesh=mesh), optimizer, mesh)
     before = jax.device_get(flatten(state.model))
     step = make_train_step(loss_function, optimizer, lambda _: 1.0, state, mesh, accumulated=False)
-    batch = batching.make_collate(dataset.default_data_config())(examples)
+    batch = batching.make_collate(Data())(examples)
     state, metrics = step(state, place_batch(batch, mesh, accumulated=False))
     after = jax.device_get(flatten(state.model))
     moved = np.sqrt(sum(np.square(after[n] - before[n]).sum() for n in before))
@@ -121,10 +120,10 @@ def test_the_logged_gradient_norm_is_before_clipping_and_the_update_after(mesh, 
 
 def test_the_state_is_donated(mesh, make_examples):
     loss_function, examples, _ = sft_case(make_examples)
-    optimizer = make_optimizer(default_optimizer_config(), 10)
+    optimizer = make_optimizer(Optimizer(), 10)
     state = init_state(load_model("tiny", mesh=mesh), optimizer, mesh)
     step = make_train_step(loss_function, optimizer, lambda _: 1.0, state, mesh, accumulated=False)
-    batch = batching.make_collate(dataset.default_data_config())(examples)
+    batch = batching.make_collate(Data())(examples)
     new, _ = step(state, place_batch(batch, mesh, accumulated=False))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
@@ -132,7 +131,7 @@ def test_the_state_is_donated(mesh, make_examples):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny:gpt2"])
 def test_moments_lie_as_their_parameters_do_and_counts_lie_whole(name):
-    optimizer = make_optimizer(default_optimizer_config(weight_decay=0.1), 10)
+    optimizer = make_optimizer(Optimizer(weight_decay=0.1), 10)
     model = load_model(name)
     state = jax.eval_shape(lambda m: TrainState(jnp.int32(0), m, optimizer.init(m)), model)
     shardings = state_shardings(state, AbstractMesh((1, 2, 2, 1), MESH_AXES))
@@ -151,6 +150,7 @@ def test_a_placed_batch_keeps_its_values_and_types(mesh):
     batch = {
         "tokens": np.arange(12, dtype=np.int32).reshape(2, 2, 3),
         "reference_log_probs": np.arange(4, dtype=np.float32).reshape(2, 2),
+        "teacher": np.arange(24, dtype=np.float32).reshape(2, 2, 3, 2),
     }
     placed = place_batch(batch, mesh, accumulated=True)
     for name, value in batch.items():
