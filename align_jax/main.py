@@ -102,13 +102,13 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from align_jax.distributed.hosts import telling_failures
     from align_jax.distributed.mesh import initialize_distributed
     from align_jax.training.signals import Interrupted, stopping_between_loops
-    from align_jax.training.workdir import Workdir, running
+    from align_jax.training.workdir import Workdir, only_run_in
 
     config = settings_of(load_config(arguments.config, overrides))
     with stopping_between_loops(), telling_failures(except_for=Interrupted):
         initialize_distributed()
         workdir = Workdir(arguments.workdir, config)
-        with running(workdir.path):
+        with only_run_in(workdir.path):
             if workdir.finished() is not None:
                 print(
                     f"{workdir.path} is finished already. Give another --workdir to run it again."

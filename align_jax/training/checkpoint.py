@@ -153,7 +153,7 @@ class Checkpointer:
 
     def restore_running(self, running: dict[str, Any]) -> dict[str, Any]:
         """The newest checkpoint's running state alone, as `restore`."""
-        return self._restore(self.latest_step(), {"running": running})[0]["running"]
+        return self._newest(lambda step: self._read(step, {"running": running}))[1][0]["running"]
 
     def restore_data(self) -> dict[str, Any]:
         """The newest checkpoint's JSON object alone."""

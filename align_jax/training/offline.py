@@ -27,7 +27,7 @@ from align_jax.training.pretrained import RunConfig
 from align_jax.training.signals import Interrupted, StopSignals
 from align_jax.training.state import TrainState, init_state
 from align_jax.training.step import LossFunction, make_train_step, place_batch
-from align_jax.training.workdir import running
+from align_jax.training.workdir import only_run_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ def train_offline(
     with contextlib.ExitStack() as stack:
         checkpointer = resumed = None
         if directory is not None:
-            stack.enter_context(running(directory))
+            stack.enter_context(only_run_in(directory))
             checkpointer = Checkpointer(directory / "checkpoints", clean=True)
             stack.callback(checkpointer.close)
         if checkpointer is not None and checkpointer.latest_step() is not None:

@@ -133,7 +133,7 @@ class Workdir:
 
 
 @contextlib.contextmanager
-def running(folder: str | os.PathLike) -> Iterator[None]:
+def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
     """Holds the directory of a run, so that a second run in it is refused.
 
     The first host writes `run.lock`, with host, process and start, and touches it every few
@@ -155,7 +155,7 @@ def running(folder: str | os.PathLike) -> Iterator[None]:
 
 
 class _Lock:
-    """A lock file with a heartbeat; see `running`."""
+    """A lock file with a heartbeat; see `only_run_in`."""
 
     _held: set[Path] = set()  # by this process
 

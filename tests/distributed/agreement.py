@@ -26,7 +26,7 @@ from align_jax.training.optimizer import Optimizer, make_optimizer
 from align_jax.training.phases import Phases
 from align_jax.training.signals import StopSignals
 from align_jax.training.state import init_state
-from align_jax.training.workdir import running
+from align_jax.training.workdir import only_run_in
 
 
 def told(host):
@@ -133,7 +133,7 @@ def checkpoints(host, mesh, folder):
 
 
 def locks(host, folder):
-    with running(folder):
+    with only_run_in(folder):
         hosts.barrier("locked")
         assert json.loads((folder / "run.lock").read_text())["pid"] > 0
         hosts.barrier("read")
