@@ -32,7 +32,7 @@ from jax._src.distributed import global_state as _jax_state
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from align_jax import errors
+from align_jax.errors import DataError, ModelError, RewardError, RunError
 
 Value = TypeVar("Value")
 
@@ -45,7 +45,7 @@ _DAY = 24 * 60 * 60 * 1000  # milliseconds; whoever waits so long is ended by `_
 _CHUNK = 2**20  # characters of JSON in one message
 _ROOM = "align_jax"
 _END = "end"  # the last sign of life of a host that is done
-_USER_ERRORS = (errors.RunError, errors.DataError, errors.ModelError, errors.RewardError)
+_USER_ERRORS = (RunError, DataError, ModelError, RewardError)
 
 _numbers = itertools.count()
 _failure: str | None = None  # what this host has told the others it ends with
@@ -125,7 +125,7 @@ def on_first_host(function: Callable[[], Value]) -> Value:
     kinds = {kind.__name__: kind for kind in _USER_ERRORS}
     if told["error"] in kinds:
         raise kinds[told["error"]](told["message"])
-    raise errors.RunError(f"the first host failed: {told['error']}: {told['message']}")
+    raise RunError(f"the first host failed: {told['error']}: {told['message']}")
 
 
 def largest(value: int) -> Callable[[], int]:

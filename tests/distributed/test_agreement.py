@@ -88,7 +88,6 @@ def test_a_signal_at_one_host_stops_both_after_one_step(tmp_path):
     stopped_after(tmp_path / "run", signal_second, tmp_path)
 
 
-@pytest.mark.slow
 def test_signals_at_both_hosts_stop_them_and_one_process_goes_on(tmp_path):
     workdir = tmp_path / "run"
     stopped_after(workdir, signal_both, tmp_path)
@@ -104,7 +103,6 @@ def test_signals_at_both_hosts_stop_them_and_one_process_goes_on(tmp_path):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.slow
 def test_a_signal_in_start_up_at_one_host_stops_both(tmp_path):
     workdir = tmp_path / "run"
     with two_hosts(*train(workdir), caches=tmp_path) as hosts:
@@ -133,7 +131,7 @@ def test_a_host_that_was_killed_is_named_by_the_other_which_ends(tmp_path, kille
     )
 
 
-@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("failing", [0, 1])
 def test_a_host_that_fails_alone_ends_the_other_with_its_message(failing):
     with two_hosts("-c", FAILING, "0" if failing == 0 else "1") as hosts:
         ends = ends_of(hosts, timeout=60)
