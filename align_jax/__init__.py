@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from align_jax.models.interchange import load_model, load_tokenizer, save_model
+    from align_jax.runs import open_run
 
-__all__ = ["load_model", "load_tokenizer", "save_model"]
+__all__ = ["load_model", "load_tokenizer", "open_run", "save_model"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from align_jax.models import interchange
+    from importlib import import_module
 
-    return getattr(interchange, name)
+    module = "align_jax.runs" if name == "open_run" else "align_jax.models.interchange"
+    return getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:

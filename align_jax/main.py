@@ -174,8 +174,8 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
             )
     elif arguments.data:
         data = dataclasses.replace(config.data, eval_source=arguments.data)
-        config = dataclasses.replace(config, data=data)
-    elif not config.data.eval_source and not getattr(config, "held_out", 0):
+        config = dataclasses.replace(config, data=data, evaluators=())
+    elif not (config.data.eval_source or getattr(config, "held_out", 0) or config.evaluators):
         raise RunError(
             "the run's config has no data.eval_source; name the data with --data=SOURCE."
         )

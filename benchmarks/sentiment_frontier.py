@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from results import ROOT, train, write_section
 
+from align_jax.algorithms import settings_of
 from align_jax.config import load_config
 from align_jax.evaluation import figures, statistics
 from align_jax.files import write_file
@@ -107,7 +108,7 @@ def _run(method: str, coefficient: float, seed: int, workdir: Path) -> dict:
     kind = "DPO" if method == "DPO" else "online"
     shared = workdir.parent / f"shared_{kind}_seed{seed}"
     if shared.exists() and not workdir.exists():
-        Workdir(workdir, load_config(str(spec), overrides))
+        Workdir(workdir, settings_of(load_config(str(spec), overrides)))
         _copy(shared, workdir / "samples")
     train(spec, workdir, overrides)
     if not shared.exists():
@@ -127,7 +128,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _scores(file: Path, per_prompt: int) -> np.ndarray:
     lines = file.read_text(encoding="utf-8").splitlines()
-    return np.array([json.loads(line)["score"] for line in lines]).reshape(-1, per_prompt)
+    rewards = [json.loads(line)["scores"]["reward"] for line in lines]
+    return np.array(rewards).reshape(-1, per_prompt)
 
 
 def _table(rows: list[tuple], pool: np.ndarray) -> str:

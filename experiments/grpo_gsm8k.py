@@ -34,24 +34,29 @@ not been run.
 
 from ml_collections import ConfigDict
 
-from align_jax.algorithms.policy_gradient import default_policy_gradient_config
+from align_jax.algorithms import policy_gradient
+from align_jax.algorithms.policy_gradient import HeldOut, Kl
 from align_jax.config import parse_scale
-from align_jax.data.dataset import default_data_config
-from align_jax.generation.rollout import default_sampling_config
-from align_jax.training.optimizer import default_optimizer_config
+from align_jax.data.dataset import Data
+from align_jax.generation.rollout import Sampling
+from align_jax.training.optimizer import Optimizer
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_policy_gradient_config()
-    config.update(advantage="grpo", aggregation="grpo", critic="none", epochs=1)
-    config.kl.update(placement="loss", coefficient=0.04)
-    config.reward.kind = "answer"
-    config.optimizer = default_optimizer_config(learning_rate=3e-5, schedule="linear")
-    config.data = default_data_config(source="builtin:arithmetic", max_length=128)
-    config.sampling = default_sampling_config(prompts=16, samples=8, max_new_tokens=8)
-    config.evaluation.update(source="builtin:arithmetic#held_out")
-    config.num_iterations = 20
+    config = policy_gradient.Config(
+        reward={"kind": "answer", "path": ""},
+        advantage="grpo",
+        aggregation="grpo",
+        critic="none",
+        num_iterations=20,
+        epochs=1,
+        kl=Kl(placement="loss", coefficient=0.04),
+        optimizer=Optimizer(learning_rate=3e-5, schedule="linear"),
+        data=Data(source="builtin:arithmetic", max_length=128),
+        sampling=Sampling(prompts=16, samples=8, max_new_tokens=8),
+        evaluation=HeldOut(source="builtin:arithmetic#held_out"),
+    ).to_config_dict()
     if scale == "tiny":
         config.model = "tiny"
         config.sampling.update(prompts=4, samples=4, max_new_tokens=8)

@@ -24,21 +24,24 @@ Llama 2 7B; not run.
 
 from ml_collections import ConfigDict
 
-from align_jax.algorithms.policy_gradient import default_policy_gradient_config
+from align_jax.algorithms import policy_gradient
+from align_jax.algorithms.policy_gradient import HeldOut
 from align_jax.config import parse_scale
-from align_jax.data.dataset import default_data_config
-from align_jax.generation.rollout import default_sampling_config
-from align_jax.training.optimizer import default_optimizer_config
+from align_jax.data.dataset import Data
+from align_jax.generation.rollout import Sampling
+from align_jax.training.optimizer import Optimizer
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_policy_gradient_config()
-    config.optimizer = default_optimizer_config(learning_rate=3e-5, eps=1e-5, schedule="linear")
-    config.data = default_data_config(source="builtin:review_openings", max_length=64)
-    config.sampling = default_sampling_config(prompts=10, samples=4, max_new_tokens=24)
-    config.evaluation.source = "builtin:review_openings#held_out"
-    config.update(num_iterations=20, epochs=2)
+    config = policy_gradient.Config(
+        num_iterations=20,
+        epochs=2,
+        optimizer=Optimizer(learning_rate=3e-5, eps=1e-5, schedule="linear"),
+        data=Data(source="builtin:review_openings", max_length=64),
+        sampling=Sampling(prompts=10, samples=4, max_new_tokens=24),
+        evaluation=HeldOut(source="builtin:review_openings#held_out"),
+    ).to_config_dict()
     if scale == "tiny":
         config.model = "tiny"
         config.reward.kind = "length"

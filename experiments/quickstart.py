@@ -23,28 +23,27 @@ and the paper's learning rate, with VADER and made openings still; it has not be
 
 from ml_collections import ConfigDict
 
-from align_jax.algorithms.pair_losses import default_loss_options
+from align_jax.algorithms import controlled_sentiment
+from align_jax.algorithms.controlled_sentiment import HeldOut
 from align_jax.config import parse_scale
-from align_jax.data.dataset import default_data_config
-from align_jax.generation.rollout import default_sampling_config
-from align_jax.training.offline import default_offline_config
-from align_jax.training.optimizer import default_optimizer_config
+from align_jax.data.dataset import Data
+from align_jax.generation.rollout import Sampling
+from align_jax.training.optimizer import Optimizer
 
 
 def get_config(arg: str = "scale=small") -> ConfigDict:
     scale = parse_scale(arg)
-    config = default_offline_config()
-    config.algorithm = "controlled_sentiment"
-    config.loss = "dpo"
-    config.loss_options = default_loss_options()
-    config.beta = 0.3  # at 0.1 one seed in three drifts past 5 nats
-    config.reward = "vader"
-    config.optimizer = default_optimizer_config(learning_rate=3.5e-5, warmup_steps=2)
-    config.data = default_data_config(batch_size=16, rows=4, max_length=64)
-    config.sampling = default_sampling_config(
-        prompts=200, samples=4, max_new_tokens=24, batch_prompts=40, batch_samples=4
-    )
-    config.evaluation = ConfigDict({"prompts": 40, "base_samples": 20, "trained_samples": 8})
+    config = controlled_sentiment.Config(
+        loss="dpo",
+        beta=0.3,  # at 0.1 one seed in three drifts past 5 nats
+        reward="vader",
+        optimizer=Optimizer(learning_rate=3.5e-5, warmup_steps=2),
+        data=Data(batch_size=16, rows=4, max_length=64),
+        sampling=Sampling(
+            prompts=200, samples=4, max_new_tokens=24, batch_prompts=40, batch_samples=4
+        ),
+        evaluation=HeldOut(prompts=40, base_samples=20, trained_samples=8),
+    ).to_config_dict()
     if scale == "tiny":
         config.model = "tiny"
         config.reward = "length"

@@ -139,12 +139,15 @@ def test_the_package_has_its_public_names_without_jax():
     assert "align_jax" in modules and "jax" not in modules
 
 
-def test_the_public_names_of_the_package_are_those_of_interchange():
+def test_the_public_names_of_the_package_are_those_of_interchange_and_runs():
+    from align_jax import runs
     from align_jax.models import interchange
 
-    assert align_jax.__all__ == ["load_model", "load_tokenizer", "save_model"]
+    assert align_jax.__all__ == ["load_model", "load_tokenizer", "open_run", "save_model"]
     for name in align_jax.__all__:
-        assert getattr(align_jax, name) is getattr(interchange, name)
+        assert getattr(align_jax, name) is getattr(
+            runs if name == "open_run" else interchange, name
+        )
     with pytest.raises(AttributeError, match="'align_jax' has no attribute 'load_modle'"):
         _ = align_jax.load_modle
     star = {}

@@ -15,8 +15,7 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from align_jax.data.dataset import Data
-from align_jax.data.sources import load_as_configured
+from align_jax.data.dataset import Data, load_source
 from align_jax.errors import DataError, RewardError, RunError
 from align_jax.settings import Settings
 
@@ -29,13 +28,23 @@ ALGORITHMS = {
     "preference": "align_jax.algorithms.preference",
     "reward_model": "align_jax.algorithms.reward_model",
     "policy_gradient": "align_jax.algorithms.policy_gradient",
+    "sample": "align_jax.algorithms.sample",
     "online_preferences": "align_jax.recipes.online_preferences",
     "controlled_sentiment": "align_jax.algorithms.controlled_sentiment",
     "stages": "align_jax.recipes.stages",
 }
 
+# Those whose runs are made of runs.
+OF_RUNS = ("online_preferences", "stages")
+
 # Those whose runs are evaluated on samples they keep, not on records of `data.eval_source`.
-OF_OWN_SAMPLES = ("policy_gradient", "online_preferences", "controlled_sentiment", "stages")
+OF_OWN_SAMPLES = (
+    "sample",
+    "policy_gradient",
+    "online_preferences",
+    "controlled_sentiment",
+    "stages",
+)
 
 
 def algorithm_of(config: Any, *, key: str = "config") -> ModuleType:
@@ -60,7 +69,7 @@ def read_sources(sources: list[Source]) -> None:
     """Raises `DataError` for what a run would stop at once something has been paid for."""
     for source, kind, data in sources:
         if source:
-            load_as_configured(data, source, kind=kind)
+            load_source(data, source, kind=kind)
 
 
 @contextlib.contextmanager

@@ -16,18 +16,19 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from align_jax.algorithms import Source
+from align_jax.algorithms import Source, read_sources
 from align_jax.data.batching import Attach, by_length, check_lengths
 from align_jax.data.dataset import Data, Records, examples_of
 from align_jax.data.tokenise import Example
 from align_jax.errors import DataError, RunError
+from align_jax.evaluation import evaluators
 from align_jax.losses.preference import LOSSES, PreferenceLoss, wpo_weights
 from align_jax.models.lora import without_adapters
 from align_jax.models.transformer import Transformer
@@ -40,7 +41,7 @@ from align_jax.training.offline import (
     evaluate_loss,
     train_offline,
 )
-from align_jax.training.reference import reference_log_probs
+from align_jax.training.reference import compute_log_probs, reference_log_probs
 from align_jax.training.scoring import log_probs_from_states, predicting_states, sum_by_response
 from align_jax.training.step import Batch, LossFunction, LossSums
 from align_jax.training.workdir import Result, Workdir
@@ -71,6 +72,14 @@ LossOptions = dataclasses.make_dataclass(
 class Config(OfflineConfig):
     """The settings of a run on preferences."""
 
+    offered_evaluators: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "samples",
+        "win_rate",
+        "kl",
+        "calibration",
+    )
+
     algorithm: str = "preference"
     loss: str = "dpo"  # a name in `losses.preference.LOSSES`
     beta: float = 0.1  # strength of the KL penalty, or what takes its place in the loss
@@ -81,6 +90,10 @@ class Config(OfflineConfig):
         if self.loss not in LOSSES:
             raise RunError(f"config.loss is {self.loss!r}; expected one of {sorted(LOSSES)}.")
         check_loss(LOSSES[self.loss], self)
+        evaluators.check_evaluators(self)
+        kinds = [one["kind"] for one in self.evaluators]
+        if LOSSES[self.loss].labelled and "calibration" in kinds:
+            raise RunError(f"config.loss = {self.loss!r} has no pairs for 'calibration'.")
 
 
 def options_of(config: Config) -> dict[str, float | str]:
@@ -355,6 +368,10 @@ def train(
     check_loss(loss, config)
     examples = _examples(records, tokenizer, loss, config)
     held_out = _held_out(held_out, tokenizer, loss, config)
+    measured = evaluators.load_held_out(config, tokenizer, kind=_kind(loss))
+    if donate and measured:
+        raise RunError("config.evaluators compare with the base model: donate=False keeps it.")
+    base = None if donate else pretrained.as_base(config, model)
     folder = Workdir.of(workdir, config)
     directory = folder and folder.path
     model, mesh = pretrained.as_configured(config, model, mesh, donate=donate)
@@ -377,13 +394,21 @@ def train(
     summary = _evaluated(
         loss, config, trained.model, mesh, held_out, held_out_reference, trained.running
     )
+    context = evaluators.Context(
+        measured, trained.model, tokenizer, mesh, base, seed=config.seed, directory=directory
+    )
+    summary |= _measured(loss, config, context, trained.running)
     return Result(trained.model, trained.metrics, summary, directory)
 
 
 def sources(config: Config) -> list[Source]:
     """Where records come from."""
     data, kind = config.data, _kind(LOSSES[config.loss])
-    return [(data.source, kind, data), (data.eval_source, kind, data)]
+    return [
+        (data.source, kind, data),
+        (data.eval_source, kind, data),
+        *evaluators.sources_of(config, kind=kind),
+    ]
 
 
 def run(config: Config, workdir: Workdir) -> dict[str, Any]:
@@ -392,6 +417,7 @@ def run(config: Config, workdir: Workdir) -> dict[str, Any]:
     tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     examples = examples_of(config.data.source, tokenizer, config.data, kind=kind)
     held_out = examples_of(config.data.eval_source, tokenizer, config.data, kind=kind)
+    read_sources(evaluators.sources_of(config, kind=kind))
     mesh = pretrained.open_mesh(config)
     model = pretrained.load_pretrained(config, config.model, mesh)
     result = train(
@@ -402,24 +428,62 @@ def run(config: Config, workdir: Workdir) -> dict[str, Any]:
         held_out=held_out,
         workdir=workdir,
         mesh=mesh,
-        donate=True,
+        donate=not config.evaluators,
     )
     return result.summary
 
 
 def evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
-    """Loss, accuracy and margin of the trained implicit reward on `config.data.eval_source`."""
+    """Loss, accuracy and margin of the trained implicit reward on `config.data.eval_source`.
+
+    And what `config.evaluators` measure.
+    """
     loss = LOSSES[config.loss]
     tokenizer = pretrained.load_pretrained_tokenizer(config.model)
     held_out = _held_out(config.data.eval_source, tokenizer, loss, config)
-    mesh = pretrained.open_mesh(config)
-    base = pretrained.load_pretrained(config, config.model, mesh) if loss.needs_reference else None
+    measured = evaluators.load_held_out(config, tokenizer, kind=_kind(loss))
+    mesh, base = pretrained.open_mesh(config), None
+    if loss.needs_reference or measured:
+        base = pretrained.load_pretrained(config, config.model, mesh)
     reference = _reference(loss, base, mesh, held_out, config.data)
-    del base
+    if not measured:
+        base = None
     model = pretrained.restored_model(config, workdir.path, mesh)
     start = {} if loss.running is None else loss.running.start()
     running = pretrained.restored_running(start, workdir.path, mesh)
-    return _evaluated(loss, config, model, mesh, held_out, reference, running)
+    context = evaluators.Context(
+        measured, model, tokenizer, mesh, base, seed=config.seed, directory=workdir.path
+    )
+    summary = _evaluated(loss, config, model, mesh, held_out, reference, running)
+    return summary | _measured(loss, config, context, running)
+
+
+def _measured(
+    loss: PreferenceLoss, config: Config, context: evaluators.Context, running: dict[str, Array]
+) -> dict[str, Any]:
+    """What evaluators measure of a trained policy; its base is the reference."""
+    model, base, mesh, data = context.model, context.base, context.mesh, config.data
+
+    def held_out_loss(examples: list[Example]) -> dict[str, float]:
+        examples = prepared(examples, loss, config)
+        reference = _reference(loss, base, mesh, examples, data)
+        return _evaluated(loss, config, model, mesh, examples, reference, running)["eval"]
+
+    def pair_rewards(examples: list[Example]) -> tuple[np.ndarray, ...]:
+        examples = prepared(examples, loss, config)
+        sums = compute_log_probs(model, mesh, examples, data)
+        reference = _reference(loss, base, mesh, examples, data)
+        lengths = np.array([[mask.sum() for mask in one.response_masks] for one in examples])
+        values = {}
+        for i, side in enumerate(("chosen", "rejected")):
+            values[f"{side}_average"] = sums[:, i] / np.maximum(lengths[:, i], 1)
+            for name in (side, f"{side}_desensitized"):
+                values |= {name: sums[:, i], f"ref_{name}": reference[:, i]}
+        chosen, rejected = loss.rewards(values, beta=config.beta)
+        return np.asarray(chosen), np.asarray(rejected)
+
+    context = dataclasses.replace(context, loss=held_out_loss, pair_rewards=pair_rewards)
+    return evaluators.run_evaluators(config, context)
 
 
 def _kind(loss: PreferenceLoss) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_jax.data.records import Record, parse_record
+from align_jax.data.samples import PREFIX, examples_of_samples
 from align_jax.data.sources import INVALID, load_as_configured
 from align_jax.data.tokenise import OVERLONG, Example, encode_records
 from align_jax.errors import RunError
@@ -20,6 +21,7 @@ class Data(Settings, key="config.data"):
     source: str = ""  # see docs/data.md
     eval_source: str = ""  # held-out records, evaluated by `python -m align_jax evaluate`
     limit: int = 0  # read this many records; 0 reads all
+    score: str = ""  # of a source samples:PATH: the score that ranks; "": its reward or only one
     invalid: str = "error"  # "error" | "drop": what a record with wrong fields does
     max_length: int = 1024
     max_prompt_length: int = 0  # 0: what the longest response leaves of max_length
@@ -38,11 +40,10 @@ class Data(Settings, key="config.data"):
         self.at_least(2, "max_length")
         self.one_of(INVALID, "invalid")
         self.one_of(OVERLONG, "overlong")
-        if self.batch_size % self.accumulation:
-            raise RunError(
-                f"config.data.batch_size = {self.batch_size} is no multiple of "
-                f"config.data.accumulation = {self.accumulation}."
-            )
+        # From Python the samples may be named in the call.
+        named = [one for one in (self.source, self.eval_source) if one]
+        if named and not any(one.startswith(PREFIX) for one in named):
+            self.at_default(f"config.data.source is no {PREFIX}PATH", "score")
         for name in ("length_buckets", "target_buckets"):
             if not all(bucket > 0 for bucket in getattr(self, name)):
                 raise RunError(f"config.data.{name} has a bucket that is not above 0.")
@@ -77,6 +78,25 @@ def records_of(
     return [parse_record(one, kind=kind, where=f"records[{i}]") for i, one in enumerate(records)]
 
 
+def load_source(
+    data: Data, source: str | os.PathLike, *, kind: str
+) -> list[Record] | list[Example]:
+    """The records of a source; of `samples:PATH`, which holds tokens already, the examples.
+
+    Raises: as `examples_of`.
+    """
+    if not os.fspath(source).startswith(PREFIX):
+        return load_as_configured(data, os.fspath(source), kind=kind)
+    return examples_of_samples(
+        os.fspath(source),
+        kind=kind,
+        score=data.score,
+        limit=data.limit,
+        max_length=data.max_length,
+        overlong=data.overlong,
+    )
+
+
 def examples_of(records: Records, tokenizer: Any, data: Data, *, kind: str) -> list[Example]:
     """Reads, checks and tokenises records before anything is computed; no source, no examples.
 
@@ -84,10 +104,13 @@ def examples_of(records: Records, tokenizer: Any, data: Data, *, kind: str) -> l
 
     Raises:
       DataError: a source that cannot be read, or a record that cannot be used.
+      RunError: samples without the score that `data` names, or whose scores all tie.
     """
     if isinstance(records, str | os.PathLike):
         if not records:
             return []
+        if os.fspath(records).startswith(PREFIX):
+            return load_source(data, records, kind=kind)
     else:
         records = list(records)
         if all(isinstance(one, Example) for one in records):
@@ -108,3 +131,34 @@ def tokenised(data: Data, records: Sequence[Record], tokenizer: Any, *, kind: st
             overlong=data.overlong,
             progress=bar.update,
         )
+
+
+def prompts_of(
+    records: Records, tokenizer: Any, data: Data, *, max_new_tokens: int
+) -> tuple[list[Record], list[Example]]:
+    """Prompts, and their tokens with room for a completion; an example's id is its record's place.
+
+    Args:
+      records: dicts with a `prompt`, or a source.
+      data: its `limit`, `invalid`, `max_length` and `max_prompt_length` are read.
+      max_new_tokens: of a completion.
+
+    Raises:
+      RunError: no room for a prompt.
+      DataError: a source that cannot be read, or a record that cannot be used.
+    """
+    room = data.max_length - max_new_tokens
+    if room < 1:
+        raise RunError(
+            f"config.data.max_length = {data.max_length} leaves no room for a prompt beside "
+            f"config.sampling.max_new_tokens = {max_new_tokens}."
+        )
+    parsed = records_of(records, data, kind="prompt")
+    examples = encode_records(
+        parsed,
+        tokenizer,
+        kind="prompt",
+        max_length=data.max_length,
+        max_prompt_length=min(data.max_prompt_length or room, room),
+    )
+    return parsed, examples

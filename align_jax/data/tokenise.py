@@ -48,12 +48,23 @@ class Example:
 
     @classmethod
     def of_samples(
-        cls, id: int, prompt: Sequence[int], responses: Sequence[Sequence[int]]
+        cls,
+        id: int,
+        prompt: Sequence[int],
+        responses: Sequence[Sequence[int]],
+        *,
+        masks: Sequence[Sequence[int]] | None = None,
     ) -> Example:
-        """A prompt with responses that a policy drew: every one of their tokens counts."""
+        """A prompt with responses that a policy drew.
+
+        `masks` are 1 on the tokens that it drew and 0 on those it was given, which do not count;
+        None if it drew all of them.
+        """
         tokens = tuple(np.asarray(response, np.int32) for response in responses)
-        masks = tuple(np.ones(len(response), np.float32) for response in tokens)
-        return cls(id, np.asarray(prompt, np.int32), tokens, masks, {})
+        if masks is None:
+            masks = [np.ones(len(response)) for response in tokens]
+        weights = tuple(np.asarray(mask, np.float32) for mask in masks)
+        return cls(id, np.asarray(prompt, np.int32), tokens, weights, {})
 
 
 def encode_record(

@@ -1,4 +1,7 @@
-"""The report of a run: one self-contained HTML page, its pictures, and summary.json."""
+"""The report of a run: one self-contained HTML page, its pictures, and summary.json.
+
+Its table has a row for each policy of the summary and a column for each thing that was measured.
+"""
 
 import base64
 import html
@@ -9,14 +12,46 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from align_jax.evaluation import figures
 
+# Rows of the table, in this order, and what they are called.
 POLICIES = {"base": "base", "best_of_4": "best of 4", "trained": "trained"}
-FIELDS = ("reward_mean", "reward_ci95", "win_rate", "kl", "distinct_2")
-_SAMPLE_FIELDS = ("prompt", "base", "base_score", "trained", "trained_score")
+
+# Policies whose samples are shown side by side.
+_SHOWN = ("base", "trained")
+
+
+class Column(NamedTuple):
+    """How a measured field is shown: its heading, the format of a number, and what it is."""
+
+    heading: str
+    pattern: str = "{:.3f}"
+    caption: str = ""
+
+
+# Fields with a heading of their own, in the order of their columns; others follow as they are
+# called. `NAME: field` is the field of the evaluator NAME.
+COLUMNS = {
+    "reward_mean": Column(
+        "mean reward", caption="Mean reward with its 95 % confidence interval by prompt."
+    ),
+    "win_rate": Column(
+        "win rate",
+        caption="Win rate: the probability that a sample beats a base sample of the same prompt, "
+        "ties half.",
+    ),
+    "kl": Column("KL (nats)", "{:.2f}", "KL: of whole responses to the base{bound}."),
+    "distinct_2": Column(
+        "distinct-2",
+        caption="Distinct-2: distinct pairs of words over all pairs, in corpora of equal size.",
+    ),
+}
+_INTERVAL = "_ci95"
+OF_EVALUATOR = ": "
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #22262b; --soft: #626a74; --line: #d9dde2;
@@ -78,19 +113,39 @@ def plain(value):
     return value
 
 
+def _rows(summary: Mapping) -> dict[str, Mapping]:
+    return {key: summary[key] for key in POLICIES if key in summary}
+
+
+def measured(summary: Mapping) -> list[str]:
+    """Fields that some policy of a summary has: those of `COLUMNS` first; no intervals."""
+    fields = dict.fromkeys(field for row in _rows(summary).values() for field in row)
+    known = list(COLUMNS)
+
+    def place(field: str) -> int:
+        name = field.rpartition(OF_EVALUATOR)[2]
+        return known.index(name) if name in known else len(known)
+
+    return sorted((field for field in fields if not field.endswith(_INTERVAL)), key=place)
+
+
 def _check(summary: Mapping, samples: Sequence[Mapping]) -> None:
     missing = [
         f"{key}.{field}"
-        for key in POLICIES
-        for field in FIELDS
-        if field not in summary.get(key, {})
+        for key, row in _rows(summary).items()
+        for field in measured(summary)
+        if field not in row
     ]
+    if not _rows(summary):
+        missing.append(f"a policy ({', '.join(POLICIES)})")
     if "seconds" not in summary:
         missing.append("seconds")
     if missing:
         raise ValueError(f"the summary lacks {', '.join(missing)}")
+    shown = [key for key in _SHOWN if any(key in sample for sample in samples)]
+    fields = ["prompt", *(field for key in shown for field in (key, f"{key}_score"))]
     for index, sample in enumerate(samples):
-        absent = [field for field in _SAMPLE_FIELDS if field not in sample]
+        absent = [field for field in fields if field not in sample]
         if absent:
             raise ValueError(f"samples[{index}] lacks {', '.join(absent)}")
 
@@ -99,19 +154,38 @@ def _number(value: float | None, pattern: str = "{:.3f}") -> str:
     return "n/a" if value is None or not math.isfinite(value) else pattern.format(value)
 
 
-def _cells(key: str, row: Mapping[str, float], signs: tuple[str, str]) -> list[str]:
-    """A policy's row of the table of results; `signs` are plus-minus and at-most."""
+def _column(field: str) -> Column:
+    name = field.rpartition(OF_EVALUATOR)[2]
+    return COLUMNS.get(name, Column(name))
+
+
+def _heading(field: str) -> str:
+    evaluator, separator, _ = field.rpartition(OF_EVALUATOR)
+    return evaluator + separator + _column(field).heading
+
+
+def _cell(key: str, row: Mapping, field: str, signs: tuple[str, str]) -> str:
+    """What a policy has of a field, with its interval; `signs` are plus-minus and at-most."""
     plus_minus, at_most = signs
-    kl = _number(row["kl"], "{:.2f}")
-    return [
-        f"{_number(row['reward_mean'])} {plus_minus} {_number(row['reward_ci95'])}",
-        _number(row["win_rate"]),
-        f"{at_most} {kl}" if key == "best_of_4" else kl,
-        _number(row["distinct_2"]),
+    pattern = "{}" if isinstance(row[field], int) else _column(field).pattern
+    cell = _number(row[field], pattern)
+    if field == "kl" and key == "best_of_4":
+        return f"{at_most} {cell}"
+    interval = row.get(field.removesuffix("_mean") + _INTERVAL, ())
+    if isinstance(interval, list | tuple):
+        ends = ", ".join(_number(end, pattern) for end in interval)
+        return f"{cell} [{ends}]" if ends else cell
+    return f"{cell} {plus_minus} {_number(interval, pattern)}"
+
+
+def _table(summary: Mapping, signs: tuple[str, str]) -> list[list[str]]:
+    """Headings, then a row of cells for each policy, its label first."""
+    fields = measured(summary)
+    body = [
+        [POLICIES[key], *(_cell(key, row, field, signs) for field in fields)]
+        for key, row in _rows(summary).items()
     ]
-
-
-_HEADINGS = ("mean reward", "win rate", "KL (nats)", "distinct-2")
+    return [["", *map(_heading, fields)], *body]
 
 
 def _seconds(summary: Mapping) -> list[tuple[str, float]]:
@@ -121,18 +195,35 @@ def _seconds(summary: Mapping) -> list[tuple[str, float]]:
     return [*phases.items(), ("total", total)]
 
 
-def format_summary(summary: Mapping) -> str:
-    """The closing summary for a terminal of 80 columns, in ASCII; `summary` as for write_report."""
-    rows = [("", *_HEADINGS)]
-    rows += [(label, *_cells(key, summary[key], ("+-", "<="))) for key, label in POLICIES.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+def format_table(summary: Mapping) -> str:
+    """The table for a terminal of 80 columns, in ASCII; turned around where it is too wide."""
+    rows = _table(summary, ("+-", "<="))
+    if _width(rows) > 80:
+        rows = [list(row) for row in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         row[0].ljust(widths[0])
         + "".join("   " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
-    lines.append("(+- 95 % interval by prompt; win rate against base samples, ties half)")
+    fields = {field.rpartition(OF_EVALUATOR)[2] for field in measured(summary)}
+    notes = ["+- 95 % interval by prompt"] if any("+-" in line for line in lines) else []
+    if "win_rate" in fields:
+        notes.append("win rate against base samples, ties half")
+    if notes:
+        lines.append(f"({'; '.join(notes)})")
+    return "\n".join(lines)
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return sum(widths) + 3 * (len(widths) - 1)
+
+
+def format_summary(summary: Mapping) -> str:
+    """The closing summary for a terminal of 80 columns, in ASCII; `summary` as for write_report."""
+    lines = [format_table(summary)]
     if "exploitation" in summary:
         lines += ["", *textwrap.wrap(summary["exploitation"]["line"], 80)]
     phases = [f"{name} {_number(value, '{:.1f}')} s" for name, value in _seconds(summary)]
@@ -162,16 +253,14 @@ def html_table(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]
 
 
 def _results(summary: Mapping) -> str:
-    rows = [
-        (key, [label, *_cells(key, summary[key], ("±", "≤"))]) for key, label in POLICIES.items()
-    ]
-    parts = [
-        html_table(("policy", *_HEADINGS), rows, "results"),
-        '<p class="caption">Mean reward with its 95 % confidence interval by prompt. Win rate: the '
-        "probability that a sample beats a base sample of the same prompt, ties half. KL: of whole "
-        "responses to the base; for best of 4 the bound log 4 − 3/4. Distinct-2: distinct pairs of "
-        "words over all pairs, in corpora of equal size.</p>",
-    ]
+    headings, *cells = _table(summary, ("±", "≤"))
+    rows = list(zip(_rows(summary), cells))
+    bound = "; for best of 4 the bound log 4 − 3/4" if "best_of_4" in summary else ""
+    captions = dict.fromkeys(_column(field).caption for field in measured(summary))
+    caption = " ".join(one.format(bound=bound) for one in captions if one)
+    parts = [html_table(["policy", *headings[1:]], rows, "results")]
+    if caption:
+        parts.append(f'<p class="caption">{_text(caption)}</p>')
     if "exploitation" in summary:
         parts.append(f"<blockquote>{_text(summary['exploitation']['line'])}</blockquote>")
     return "\n".join(parts)
@@ -190,17 +279,25 @@ def _curve_notes(curves: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def _samples_table(samples: Sequence[Mapping]) -> str:
+    """Prompt, text and score of each policy that has samples; no scores where nothing has one."""
+    shown = [key for key in _SHOWN if key in samples[0]]
+    scored = [k for k in shown if any(sample[f"{k}_score"] is not None for sample in samples)]
+    score = '<th class="number score">score</th>'
+    head = "".join(f"<th>{key}</th>{score if key in scored else ''}" for key in shown)
+
+    def cells(sample: Mapping, key: str) -> str:
+        number = _number(sample[f"{key}_score"], "{:+.2f}")
+        text = f"<td>{_text(sample[key])}</td>"
+        return f'{text}<td class="number">{number}</td>' if key in scored else text
+
     rows = "".join(
         f"<tr><td>{_text(sample['prompt'])}</td>"
-        f"<td>{_text(sample['base'])}</td>"
-        f'<td class="number">{_number(sample["base_score"], "{:+.2f}")}</td>'
-        f"<td>{_text(sample['trained'])}</td>"
-        f'<td class="number">{_number(sample["trained_score"], "{:+.2f}")}</td></tr>\n'
+        + "".join(cells(sample, key) for key in shown)
+        + "</tr>\n"
         for sample in samples
     )
     return (
-        '<div class="scroll"><table class="samples"><thead><tr><th>prompt</th><th>base</th>'
-        '<th class="number score">score</th><th>trained</th><th class="number score">score</th>'
+        f'<div class="scroll"><table class="samples"><thead><tr><th>prompt</th>{head}'
         f"</tr></thead><tbody>\n{rows}</tbody></table></div>"
     )
 
@@ -295,25 +392,32 @@ def write_report(
     samples: Sequence[Mapping],
     notes: Sequence[str] = (),
 ) -> Path:
-    """Writes index.html, curves.png, rewards.png, frontier.png and summary.json; returns the page.
+    """Writes index.html, summary.json and the pictures there are numbers for; returns the page.
 
-    directory: made if missing, say WORKDIR/report. A report that is there survives a failure.
-    summary: `base`, `best_of_4`, `trained`, each with reward_mean, reward_ci95 (half-width),
-    win_rate,
-        kl (nats; of best_of_4 its bound) and distinct_2; `seconds` {phase: seconds}, whose total is
-        added up unless given; what else there is (seed, config ...) is kept and listed, and
-        `exploitation` (of statistics.exploitation) shown. NaN becomes null in summary.json.
-    curves: rows of metrics.jsonl; steps without a known metric are passed over.
-    rewards: `base` [P, M], `trained` [P, K] and perhaps `best_of_4` [P, G], for the pictures.
-    samples: {prompt, base, base_score, trained, trained_score} each, shown in this order.
-    notes: sentences for the reader. Raises ValueError if summary or samples lack a field.
+    Args:
+      directory: made if missing, say WORKDIR/report. A report that is there survives a failure.
+      summary: of `base`, `best_of_4` and `trained` those there are, with the same measured fields:
+        reward_mean, win_rate, kl (nats; of best_of_4 its bound), distinct_2 and others; None or NaN
+        where a policy was not measured. `FIELD_ci95` (`reward_ci95`) is the half-width of a 95 %
+        interval, or its ends. `seconds` {phase: seconds}, whose total is added up unless given.
+        What else there is (seed, config ...) is kept and listed, and `exploitation` (of
+        statistics.exploitation) shown. NaN becomes null in summary.json.
+      curves: rows of metrics.jsonl; steps without a known metric are passed over. curves.png.
+      rewards: `base` [P, M], `trained` [P, K] and perhaps `best_of_4` [P, G]. rewards.png, and of
+        both base and trained frontier.png, if the KL was measured.
+      samples: {prompt, base, base_score, trained, trained_score} each, shown in this order; one of
+        the policies may be absent, and a score None.
+      notes: sentences for the reader.
+
+    Raises:
+      ValueError: summary or samples lack a field.
     """
     _check(summary, samples)
-    pictures = {
-        "curves.png": figures.training_curves(curves),
-        "rewards.png": figures.reward_histogram(rewards),
-        "frontier.png": figures.reward_against_kl(rewards["base"], summary["trained"]),
-    }
+    pictures = {"curves.png": figures.training_curves(curves)}
+    if rewards:
+        pictures["rewards.png"] = figures.reward_histogram(rewards)
+    if "base" in rewards and {"reward_mean", "reward_ci95", "kl"} <= summary["trained"].keys():
+        pictures["frontier.png"] = figures.reward_against_kl(rewards["base"], summary["trained"])
     pictures = {name: picture for name, picture in pictures.items() if picture is not None}
     summary = plain(summary)
     page = _page(title, summary, pictures, samples, [*_curve_notes(curves), *notes])

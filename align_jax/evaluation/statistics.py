@@ -39,7 +39,12 @@ def mean_ci95(values_by_prompt: np.ndarray) -> tuple[float, float]:
     """
     by_prompt = _as_rewards("values_by_prompt", values_by_prompt).mean(axis=1)
     mean, error = _mean_and_error(by_prompt)
-    return mean, float(stdtrit(len(by_prompt) - 1, 0.975)) * error
+    return mean, half_width_95(error, len(by_prompt))
+
+
+def half_width_95(error: float, prompts: int) -> float:
+    """Half-width of the 95 % confidence interval of a mean over prompts with a standard error."""
+    return float(stdtrit(prompts - 1, 0.975)) * error
 
 
 def win_rate(candidate: np.ndarray, base: np.ndarray) -> tuple[float, float]:

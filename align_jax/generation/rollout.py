@@ -21,7 +21,7 @@ from align_jax.settings import Settings
 class Sampling(Settings, key="config.sampling"):
     """How completions are drawn; lengths are in tokens."""
 
-    prompts: int = 64  # of an iteration
+    prompts: int = 64  # of an iteration; of samples and evaluators how many, and 0 takes all
     samples: int = 1  # of each prompt
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -32,8 +32,10 @@ class Sampling(Settings, key="config.sampling"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(1, "prompts", "samples", "max_new_tokens")
-        self.at_least(0, "temperature", "batch_prompts", "batch_samples", "truncate_after")
+        self.at_least(1, "samples", "max_new_tokens")
+        self.at_least(
+            0, "prompts", "temperature", "batch_prompts", "batch_samples", "truncate_after"
+        )
         if self.truncate_after and not self.truncate_token:
             raise RunError(
                 f"config.sampling.truncate_after = {self.truncate_after} says from where on "
@@ -195,29 +197,11 @@ def layout_of(rollout: Rollout, data: Data, *, longest_prompt: int) -> Layout:
     )
 
 
-def rollout_batch(
-    rollout: Rollout,
-    groups: Sequence[int],
-    values: dict[str, np.ndarray],
-    layout: Layout,
-    *,
-    parts: int = 1,
-) -> dict[str, np.ndarray]:
-    """The batch of some prompts with their completions, one prompt a row.
-
-    `values` are arrays of one row a completion, `[N,...]`; the batch gets the rows of its own. With
-    `parts` > 1 every array has a leading axis of as many micro-batches.
-    """
-    batches = []
-    for part in np.split(np.asarray(groups), parts):
-        batch = build_batch(
-            [rollout.group(g) for g in part],
-            rows=len(part),
-            length_buckets=(layout.length,),
-            target_buckets=(layout.targets,),
-        )
-        rows = rollout.rows(part)
-        batches.append(batch | {name: value[rows] for name, value in values.items()})
-    if parts == 1:
-        return batches[0]
-    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+def rollout_batch(rollout: Rollout, groups: Sequence[int], layout: Layout) -> dict[str, np.ndarray]:
+    """The batch of some prompts with their completions, one prompt a row."""
+    return build_batch(
+        [rollout.group(g) for g in groups],
+        rows=len(groups),
+        length_buckets=(layout.length,),
+        target_buckets=(layout.targets,),
+    )

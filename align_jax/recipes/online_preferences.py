@@ -26,7 +26,6 @@ two runs come from `config.seed`.
 """
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -42,17 +41,21 @@ from align_jax.algorithms import (
     reward_model,
     reward_normalization,
 )
+from align_jax.algorithms.policy_gradient import Config as PolicyConfig
+from align_jax.algorithms.policy_gradient.task import check_count
+from align_jax.algorithms.reward_model import Config as RewardModelConfig
+from align_jax.data.dataset import prompts_of
 from align_jax.data.loader import permutation
 from align_jax.data.sources import load_as_configured
 from align_jax.errors import RunError
-from align_jax.evaluation.policies import draw_samples
 from align_jax.files import write_file
-from align_jax.rewards.base import Comparer, checked_probabilities
+from align_jax.rewards.base import Comparer
 from align_jax.rewards.configured import check_comparer, make_comparer
 from align_jax.settings import Described, Settings
 from align_jax.training import pretrained
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.phases import Phases
+from align_jax.training.sampling import comparisons_won, draw_samples
 from align_jax.training.workdir import Workdir
 
 # Fields that every comparer's config has, for the command line to change, and whose they are.
@@ -72,8 +75,8 @@ class Config(Settings):
     comparer: Described = dataclasses.field(
         default_factory=lambda: {"kind": "oracle", "reward": "vader", "model": ""}
     )
-    reward_model: reward_model.Config = reward_model.Config(loss="all_pairs")
-    policy: policy_gradient.Config = policy_gradient.Config()
+    reward_model: RewardModelConfig = RewardModelConfig(loss="all_pairs")
+    policy: PolicyConfig = PolicyConfig()
     result: str = ""  # where the outcome lies; "" is filled in
     algorithm: str = "online_preferences"
 
@@ -184,18 +187,20 @@ def _sample(config: Config, before: str, number: int) -> list[dict[str, Any]]:
     """Completions of this round's prompts by the current policy."""
     policy = config.policy
     tokenizer = pretrained.load_pretrained_tokenizer(policy.model)
-    records, examples = policy_gradient.load_prompts(
-        policy.data, policy.data.source, tokenizer, max_new_tokens=policy.sampling.max_new_tokens
+    records, examples = prompts_of(
+        policy.data.source,
+        tokenizer,
+        policy.data,
+        max_new_tokens=policy.sampling.max_new_tokens,
     )
     first = number * config.prompts
-    policy_gradient.check_count(policy, examples)
+    check_count(policy, examples)
     # Seed and key are not those of the policy's iterations, so prompts and draws differ.
     order = [
         permutation(len(examples), config.seed + 2**34, epoch)[place]
         for epoch, place in (divmod(i, len(examples)) for i in range(first, first + config.prompts))
     ]
-    settings = ConfigDict(policy.to_dict() | {"model": before or policy.model})
-    model, mesh = pretrained.open_model(settings)
+    model, mesh = pretrained.open_model(dataclasses.replace(policy, model=before or policy.model))
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 + 1)
     asked = [records[examples[i].id] for i in order]
     samples = draw_samples(
@@ -206,7 +211,6 @@ def _sample(config: Config, before: str, number: int) -> list[dict[str, Any]]:
         [examples[i].prompt for i in order],
         count=config.samples,
         sampling=policy.sampling,
-        reward=lambda records, texts: np.zeros(len(texts)),  # what they are worth is to be asked
         key=jax.random.fold_in(key, number),
         description=f"sampling, round {number}",
     )
@@ -216,24 +220,11 @@ def _sample(config: Config, before: str, number: int) -> list[dict[str, Any]]:
 def _compare(config: Config, samples: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """A ranking of each prompt's completions."""
     groups = [samples[i : i + config.samples] for i in range(0, len(samples), config.samples)]
-    # Texts that are equal are as good as each other: nobody is asked, and each is asked about once.
-    texts = [list(dict.fromkeys(one["text"] for one in group)) for group in groups]
-    asked = [
-        (group[0]["record"], *pair)
-        for group, own in zip(groups, texts)
-        for pair in itertools.combinations(own, 2)
-    ]
     comparer = _comparer(config, folder / "labels")
-    answers = iter(checked_probabilities(comparer, *zip(*asked)) if asked else ())
+    asked = [group[0]["record"] for group in groups]
+    texts = [[one["text"] for one in group] for group in groups]
     records = []
-    for group, own in zip(groups, texts):
-        better = np.full((len(own), len(own)), 0.5)
-        for i, j in itertools.combinations(range(len(own)), 2):
-            better[i, j] = next(answers)
-            better[j, i] = 1 - better[i, j]
-        places = [own.index(one["text"]) for one in group]
-        # Against itself 0.5 too, which changes no rank; equal texts add up the same numbers.
-        wins = better[:, places].sum(1)[places]
+    for group, wins in zip(groups, comparisons_won(comparer, asked, texts)):
         records.append(
             {
                 "prompt": group[0]["prompt"],

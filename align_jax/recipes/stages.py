@@ -3,21 +3,27 @@
     WORKDIR/STAGE/    the workdir of each stage of `config.order`, with its own config and report
 
 `config.STAGE` is the config of a stage. Where a field of it names a model or data, "stage:NAME" is
-the directory of an earlier stage, and "stage:NAME/reward_model" is what lies in it. A stage that is
-finished is not run again; one that was stopped goes on.
+the directory of an earlier stage, and "stage:NAME/reward_model" is what lies in it. The samples of
+an earlier stage are the source "samples:stage:NAME/samples/samples.jsonl". A stage that is finished
+is not run again; one that was stopped goes on.
 """
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from align_jax.algorithms import Source, algorithm_of, errors_in, read_sources, settings_of
+from align_jax.data.samples import PREFIX as SAMPLES
 from align_jax.errors import RunError
 from align_jax.settings import Settings
 from align_jax.training.workdir import Workdir
 
 PREFIX = "stage:"
+
+# What refers to an earlier stage: perhaps the kind of source, and the path in this experiment.
+_REFERENCE = re.compile(f"({SAMPLES})?{PREFIX}(.*)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +51,8 @@ class Config(Settings):
                     f"config.order has the stage {name!r}, but there is no config.{name}."
                 )
             for value in _texts(stages[name].to_dict()):
-                earlier = value.removeprefix(PREFIX).split("/")[0]
-                if value.startswith(PREFIX) and earlier not in before:
+                reference = _REFERENCE.fullmatch(value)
+                if reference and reference[2].split("/")[0] not in before:
                     raise RunError(
                         f"config.{name} refers to {value!r}; the stages before it are "
                         f"{', '.join(before) or 'none'}."
@@ -126,20 +132,23 @@ def _read_sources_to_come(config: Config, workdir: Workdir) -> None:
         stage = config.stages[name]
         with errors_in(name):
             wanted = algorithm_of(stage).sources(stage)
-            read_sources([one for one in wanted if not one[0].startswith(PREFIX)])
+            read_sources([one for one in wanted if not _REFERENCE.fullmatch(one[0])])
 
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
+    elif isinstance(value, Mapping | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
             yield from _texts(one)
 
 
 def _resolved(value: Any, workdir: Workdir) -> Any:
     if isinstance(value, Mapping):
         return {name: _resolved(one, workdir) for name, one in value.items()}
-    if isinstance(value, str) and value.startswith(PREFIX):
-        return str(workdir.directory(value.removeprefix(PREFIX)))
-    return value
+    if isinstance(value, tuple):
+        return tuple(_resolved(one, workdir) for one in value)
+    reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    if reference is None:
+        return value
+    return (reference[1] or "") + str(workdir.directory(reference[2]))

@@ -44,6 +44,11 @@ class OfflineConfig(RunConfig):
         super().__post_init__()
         self.at_least(0, "num_epochs", "num_steps")
         self.at_least(1, "log_every")
+        if self.data.batch_size % self.data.accumulation:
+            raise RunError(
+                f"config.data.batch_size = {self.data.batch_size} is no multiple of "
+                f"config.data.accumulation = {self.data.accumulation}."
+            )
 
 
 def check_context(config: OfflineConfig, model: Transformer) -> None:

@@ -1,59 +1,123 @@
 """The online loop: generate, score, iterate what was generated; stop cleanly; continue exactly.
 
-An algorithm says what one iteration does; here is what every online algorithm shares: sampling
-completions of a batch of prompts, laying them out as batches for the train step, and the loop
-around iterations. A run is a sequence of whole iterations: whatever interrupts it, it goes on from
-the end of one, with keys and prompts that depend on the iteration's number alone.
+An algorithm says what one iteration does; the loop around iterations is here. A run is a sequence
+of whole iterations: whatever interrupts it, it goes on from the end of one, with keys and prompts
+that depend on the iteration's number alone.
 """
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from align_jax.distributed import hosts
 from align_jax.errors import RunError
+from align_jax.generation.samples import Sample, write_samples
 from align_jax.progress import progress
 from align_jax.training.checkpoint import Checkpointer
-from align_jax.training.metrics import MetricWriter
+from align_jax.training.metrics import MetricWriter, read_metrics
+from align_jax.training.pretrained import RunConfig
 from align_jax.training.signals import Interrupted, StopSignals
 from align_jax.training.state import TrainState
+from align_jax.training.workdir import only_run_in
 
 # What an algorithm keeps between iterations beside its state: JSON numbers by name.
-Memory = dict[str, float]
+Memory = dict[str, Any]
 
 
 Iterate = Callable[
-    [TrainState, Memory, int], tuple[TrainState, Memory, dict[str, float], list[dict[str, Any]]]
+    [TrainState, Memory, int], tuple[TrainState, Memory, dict[str, float], list[Sample]]
 ]
 
 
-def fit(
+def train_online(
+    config: RunConfig,
+    directory: Path | None,
+    mesh: Mesh,
+    state: TrainState,
+    memory: Memory,
+    iterate: Iterate,
+    *,
+    num_iterations: int,
+    description: str,
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """Runs the iterations of a run, or goes on where it was stopped.
+
+    Args:
+      directory: the run's; None keeps nothing on disk.
+      state, memory: before the first iteration; the state is consumed.
+      iterate: see `fit_online`.
+
+    Returns:
+      the last state, and the metrics of every iteration.
+
+    Raises: as `fit_online`; RunError also for a checkpoint of another model.
+    """
+    with contextlib.ExitStack() as stack:
+        checkpointer = resumed = None
+        if directory is not None:
+            stack.enter_context(only_run_in(directory))
+            checkpointer = Checkpointer(directory / "checkpoints", clean=True)
+            stack.callback(checkpointer.close)
+        if checkpointer is not None and checkpointer.latest_step() is not None:
+            state, memory = checkpointer.restore(state)
+            resumed = int(state.step)
+        writer = stack.enter_context(
+            MetricWriter(directory, resume_step=resumed, wandb_project=config.wandb_project or None)
+        )
+
+        def save_samples(iteration: int, samples: list[Sample]) -> None:
+            if directory is not None and hosts.first():
+                write_samples(directory / "samples" / f"iteration_{iteration:06d}.jsonl", samples)
+
+        state = fit_online(
+            state,
+            memory,
+            iterate,
+            mesh=mesh,
+            num_iterations=num_iterations,
+            checkpointer=checkpointer,
+            writer=writer,
+            save_samples=save_samples,
+            checkpoint_every=config.checkpoint_every,
+            description=description,
+        )
+    # The file has the rows from before a stop on every host, the writer on the first one only.
+    return state, writer.rows if directory is None else read_metrics(directory)
+
+
+def fit_online(
     state: TrainState,
     memory: Memory,
     iterate: Iterate,
     *,
     mesh: Mesh,
     num_iterations: int,
-    checkpointer: Checkpointer,
+    checkpointer: Checkpointer | None,
     writer: MetricWriter,
-    save_samples: Callable[[int, list[dict[str, Any]]], None],
+    save_samples: Callable[[int, list[Sample]], None],
     checkpoint_every: int,
     description: str,
 ) -> TrainState:
     """Runs iterations until `num_iterations`, from `memory["iteration"]` on, saving the last state.
 
     `iterate(state, memory, iteration)` returns the next state and memory, the iteration's metrics
-    and its samples. A stop signal ends the run after the iteration it came in.
+    and its samples. A stop signal ends the run after the iteration it came in. Without a
+    checkpointer nothing is saved, and a signal acts as usual.
 
     Raises:
       RunError: a metric is not finite.
-      Interrupted: SIGTERM or SIGINT came; the state has been saved.
+      Interrupted: SIGTERM, SIGHUP or SIGINT came; the state has been saved.
     """
     first = int(memory["iteration"])
     bar = progress(description=description, total=num_iterations, initial=first, unit="iteration")
-    with bar, StopSignals() as stop, jax.set_mesh(mesh):
+    stopped_by: int | None = None
+    signals = StopSignals(active=checkpointer is not None)
+    with bar, signals as stop, jax.set_mesh(mesh):
         for iteration in range(first, num_iterations):
             state, memory, metrics, samples = iterate(state, memory, iteration)
             memory = memory | {"iteration": iteration + 1}
@@ -68,12 +132,14 @@ def fit(
             save_samples(iteration, samples)
             writer.write(int(state.step), metrics)
             bar.update(1)
-            last = iteration + 1 == num_iterations or stop.received is not None
-            if last or (iteration + 1) % checkpoint_every == 0:
+            stopped_by = stop.agreed(now=True)
+            last = iteration + 1 == num_iterations or stopped_by is not None
+            if checkpointer is not None and (last or (iteration + 1) % checkpoint_every == 0):
                 checkpointer.save(state, memory)
-            if stop.received is not None:
+            if stopped_by is not None:
                 break
-        checkpointer.wait()
-        if stop.received is not None:
-            raise Interrupted(stop.received, int(state.step))
+        if checkpointer is not None:
+            checkpointer.wait()
+        if stopped_by is not None:
+            raise Interrupted(stopped_by, int(state.step))
     return state

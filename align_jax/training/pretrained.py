@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
@@ -46,7 +46,12 @@ class Lora(Settings, key="config.lora"):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Settings):
-    """What every training run sets beside its algorithm's own fields."""
+    """What every training run sets beside its algorithm's own fields.
+
+    `offered_evaluators` of a subclass are the kinds that its `evaluators` may have.
+    """
+
+    offered_evaluators: ClassVar[tuple[str, ...]] = ()
 
     seed: int = 0
     model: str = "smollm2"
@@ -56,6 +61,9 @@ class RunConfig(Settings):
     lora: Lora = Lora()
     checkpoint_every: int = 1000  # steps, or iterations of an online run
     wandb_project: str = ""  # "": no Weights & Biases
+    evaluators: tuple[
+        Mapping[str, Any], ...
+    ] = ()  # what is measured at the end: docs/evaluation.md
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,6 +71,8 @@ class RunConfig(Settings):
         self.one_of(("none", "linear", "full"), "remat")
         self.at_least(0, "seed")
         self.at_least(1, "checkpoint_every")
+        if not self.offered_evaluators:
+            self.at_default("this algorithm has no evaluators", "evaluators")
 
 
 def open_mesh(config: RunConfig) -> Mesh:
@@ -113,10 +123,15 @@ def as_configured(
     """
     if mesh is None:
         mesh = mesh_of(model)
+    model = with_adapters(config, as_base(config, model), mesh)
+    return (model if donate else own_trained(model)), mesh
+
+
+def as_base(config: RunConfig, model: Transformer) -> Transformer:
+    """A model computing as `config` says, to compare a trained one with; its arrays are shared."""
     model = jax.tree.map(lambda x: x, model)
     set_computation(model, compute_dtype=config.compute_dtype, remat=config.remat)
-    model = with_adapters(config, model, mesh)
-    return (model if donate else own_trained(model)), mesh
+    return model
 
 
 def set_computation(model: Transformer, *, compute_dtype: str, remat: str) -> None:

@@ -6,11 +6,10 @@ its reference, or with another model, stay valid for all of them.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -39,28 +38,29 @@ class LossSums(NamedTuple):
     statistics: dict[str, Array] = {}
 
 
-# `(model, batch) -> LossSums`; with a running state `(model, batch, running) -> LossSums`.
+# `(model, batch) -> LossSums`; with a running state `(model, batch, running) -> LossSums`. A batch
+# is a `Batch`, or a tree of arrays that the loss knows.
 LossFunction = Callable[..., LossSums]
 
 # `(running, statistics, weight) -> running`, of sums over a whole batch.
 UpdateRunning = Callable[[dict[str, Array], dict[str, Array], Array], dict[str, Array]]
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, *, accumulated: bool) -> Batch:
-    """Puts a global batch, known to every host, on the mesh.
+def place_batch(batch: Any, mesh: Mesh, *, accumulated: bool) -> Any:
+    """Puts a global batch, known to every host, on the mesh: a dictionary or any tree of arrays.
 
     Arrays of rows (`[rows, width, ...]`, and `[accumulation, rows, width, ...]` when `accumulated`)
-    are split by rows; arrays of one value per response lie whole on every device.
+    are split by rows; arrays of one value per response, and scalars, lie whole on every device.
     """
     lead = (None,) if accumulated else ()
 
     def place(x):
-        inner = x.ndim - len(lead) - 1
-        names = (*lead, "batch" if inner else None, *[None] * inner)
+        rest = x.ndim - len(lead)
+        names = (*lead, *(("batch", *[None] * (rest - 1)) if rest > 1 else [None] * rest))
         sharding = named_sharding(mesh, names, x.shape)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return {name: place(x) for name, x in batch.items()}
+    return jax.tree.map(place, batch)
 
 
 class TrainStep:

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from align_jax.data.samples import PREFIX as SAMPLES
 from align_jax.distributed import hosts
-from align_jax.errors import RunError
+from align_jax.errors import DataError, RewardError, RunError
 from align_jax.files import plain_values, write_json
 from align_jax.settings import Settings
 
@@ -72,7 +73,7 @@ class Workdir:
             raise RunError(f"--workdir={self.path} is a file; give a directory.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._claim(wanted)
+            self._claim(wanted, type(config))
         except OSError as error:
             raise RunError(f"--workdir={self.path} cannot be used: {error.strerror}.") from error
 
@@ -93,12 +94,13 @@ class Workdir:
         """The absolute path of NAME in this directory, for the config of a part."""
         return _absolute(self.path) / name
 
-    def _claim(self, wanted: dict[str, Any]) -> None:
+    def _claim(self, wanted: dict[str, Any], settings: type[Settings]) -> None:
         file = self.path / "config.json"
         started = _has_begun(self.path)
         found = read_config(self.path) if file.exists() else None
         stored = _relative(wanted, _absolute(self.path), self._root)
-        different = _differences(found or {}, _resolved(stored, _absolute(self.path)))
+        wanted = _resolved(stored, _absolute(self.path))
+        different = _differences(_with_new_fields(found or {}, settings), wanted)
         if found is not None:
             # A stage that is still to begin may be corrected when those before it are paid for.
             waiting = [name for name in found.get("order", ()) if not _has_begun(self.path / name)]
@@ -306,6 +308,17 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         raise RunError(f"{file} is damaged: {error}.") from error
 
 
+def _with_new_fields(found: dict[str, Any], settings: type[Settings]) -> dict[str, Any]:
+    """A stored config, with the defaults of fields that did not exist yet when it was stored."""
+    if not (found and issubclass(settings, Settings)):
+        return found
+    try:
+        complete = settings.from_dict(found).to_dict()
+    except (RunError, RewardError, DataError):
+        return found  # another algorithm's, or refused today: the differences are shown
+    return json.loads(json.dumps(complete, default=plain_values))
+
+
 def _absolute(path: str | os.PathLike) -> Path:
     # Not `resolve`: a part that is a link to another disk still lies in its experiment.
     return Path(os.path.abspath(path))
@@ -317,8 +330,10 @@ def _relative(value: Any, folder: Path, root: Path) -> Any:
         return {name: _relative(one, folder, root) for name, one in value.items()}
     if isinstance(value, list):
         return [_relative(one, folder, root) for one in value]
-    if isinstance(value, str) and os.path.isabs(value) and Path(value).is_relative_to(root):
-        return _INSIDE + Path(os.path.relpath(value, folder)).as_posix()
+    if isinstance(value, str):
+        kind, path = _split(value)
+        if os.path.isabs(path) and Path(path).is_relative_to(root):
+            return kind + _INSIDE + Path(os.path.relpath(path, folder)).as_posix()
     return value
 
 
@@ -328,9 +343,17 @@ def _resolved(value: Any, folder: Path) -> Any:
         return {name: _resolved(one, folder) for name, one in value.items()}
     if isinstance(value, list):
         return [_resolved(one, folder) for one in value]
-    if isinstance(value, str) and value.startswith(_INSIDE):
-        return str(_absolute(folder / value.removeprefix(_INSIDE)))
+    if isinstance(value, str):
+        kind, path = _split(value)
+        if path.startswith(_INSIDE):
+            return kind + str(_absolute(folder / path.removeprefix(_INSIDE)))
     return value
+
+
+def _split(value: str) -> tuple[str, str]:
+    """A source `samples:PATH` as "samples:" and the path; of any other text the first is empty."""
+    path = value.removeprefix(SAMPLES)
+    return value[: len(value) - len(path)], path
 
 
 def _differences(found: dict, wanted: dict, prefix: str = "config.") -> list[str]:

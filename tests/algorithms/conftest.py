@@ -2,8 +2,8 @@
 
 import pytest
 
-from align_jax.algorithms.policy_gradient import check, load_prompts
-from align_jax.algorithms.policy_trainer import Trainer
+from align_jax.algorithms.policy_gradient.iteration import Trainer
+from align_jax.algorithms.policy_gradient.task import read_task
 from align_jax.distributed.mesh import make_mesh
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.training import pretrained
@@ -35,17 +35,11 @@ def new_trainer(tiny_config, tokenizer, base, tmp_path):
             "checkpoint_every": 1,
         }
         config = tiny_config("ppo", settings | dict(overrides))
-        check(config)
-        records, examples = load_prompts(
-            config.data, "builtin:tiny_preferences", tokenizer, max_new_tokens=6
-        )
+        mesh = pretrained.open_mesh(config)
+        task = read_task(config, tokenizer, mesh, "builtin:tiny_preferences", reward=reward)
         directory = tmp_path / name
         directory.mkdir(exist_ok=True)
-        mesh = pretrained.open_mesh(config)
         start = base if model is None else model
-        trainer = Trainer(
-            config, directory, mesh, tokenizer, start, base, reward, records, examples
-        )
-        return trainer, directory
+        return Trainer(config, directory, mesh, tokenizer, task, start, base), directory
 
     return make

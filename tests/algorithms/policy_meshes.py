@@ -12,8 +12,9 @@ import sys
 import jax
 import numpy as np
 
-from align_jax.algorithms.policy_gradient import load_prompts
-from align_jax.algorithms.policy_trainer import Trainer
+from align_jax.algorithms import settings_of
+from align_jax.algorithms.policy_gradient.iteration import Trainer
+from align_jax.algorithms.policy_gradient.task import read_task
 from align_jax.config import load_config
 from align_jax.distributed.mesh import make_mesh
 from align_jax.models.interchange import load_model, load_tokenizer
@@ -47,11 +48,8 @@ def train(directory, overrides, sizes, iterations=2):
     """The metrics of a run up to this iteration, and the tokens it sampled."""
     settings = (*SETTINGS, *overrides, f"num_iterations={iterations}")
     overrides = [f"--config.{one}" for one in settings]
-    config = load_config(f"{CONFIG}:scale=tiny", overrides)
+    config = settings_of(load_config(f"{CONFIG}:scale=tiny", overrides))
     tokenizer = load_tokenizer("tiny")
-    records, examples = load_prompts(
-        config.data, "builtin:tiny_preferences", tokenizer, max_new_tokens=6
-    )
     if sizes == (1, 1, 1):
         # On eight devices a mesh has all of them; one alone is made here.
         axes = ("data", "fsdp", "tensor", "context")
@@ -61,10 +59,8 @@ def train(directory, overrides, sizes, iterations=2):
     model = pretrained.with_adapters(config, load_model("tiny", mesh=mesh), mesh)
     reference = without_adapters(model)
     directory.mkdir(exist_ok=True)
-    trainer = Trainer(
-        config, directory, mesh, tokenizer, model, reference, reward, records, examples
-    )
-    trainer.fit()
+    task = read_task(config, tokenizer, mesh, "builtin:tiny_preferences", reward=reward)
+    Trainer(config, directory, mesh, tokenizer, task, model, reference).fit()
     samples = [
         [json.loads(line)["tokens"] for line in file.read_text().splitlines()]
         for file in sorted((directory / "samples").iterdir())

@@ -3,67 +3,45 @@
 import json
 import math
 
-import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from align_jax.algorithms.controlled_sentiment import evaluate, make_pairs, run, summarise
+from align_jax.algorithms.controlled_sentiment import evaluate, run
+from align_jax.data.samples import read_samples
 from align_jax.errors import RunError
+from align_jax.evaluation.policies import summarise
 from align_jax.generation import rollout as rollouts
 from align_jax.training import phases, pretrained
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
 
 
-def sample(score, *, prompt="p", prompt_tokens=(1, 2), tokens=(5,), log_prob=-1.0, **more):
+def sample(score, *, prompt_id=0, log_probs=(-1.0,), **more):
     return {
-        "prompt": prompt,
-        "prompt_tokens": list(prompt_tokens),
+        "prompt_id": prompt_id,
+        "prompt": "p",
         "text": f"text {score}",
-        "tokens": list(tokens),
-        "log_prob": log_prob,
-        "score": score,
+        "log_probs": list(log_probs),
+        "scores": {"reward": score},
         **more,
     }
-
-
-def test_pairs_are_best_and_worst_of_each_prompt_and_ties_are_left_out():
-    samples = [
-        sample(0.1, tokens=(10,)),
-        sample(0.9, tokens=(11, 12), log_prob=-3.5),
-        sample(-0.4, tokens=(13,), log_prob=-2.0),
-        *(sample(0.5, prompt_tokens=(3,)) for _ in range(3)),
-        sample(0.0, tokens=(20,), log_prob=-4.0, prompt_tokens=(4, 5, 6)),
-        sample(0.0, tokens=(21,), prompt_tokens=(4, 5, 6)),
-        sample(0.2, tokens=(22,), log_prob=-5.0, prompt_tokens=(4, 5, 6)),
-    ]
-    examples, log_probs = make_pairs(samples, 3)
-    assert [example.id for example in examples] == [0, 2]
-    first, second = examples
-    assert [first.prompt.tolist(), second.prompt.tolist()] == [[1, 2], [4, 5, 6]]
-    assert [response.tolist() for response in first.responses] == [[11, 12], [13]]
-    assert second.responses[0].tolist() == [22] and second.responses[1].tolist() in ([20], [21])
-    assert [mask.tolist() for mask in first.response_masks] == [[1, 1], [1]]
-    np.testing.assert_array_equal(log_probs[0], [-3.5, -2.0])
-    assert log_probs[1, 0] == -5.0
-    assert first.prompt.dtype == first.responses[0].dtype == np.int32
-
-
-def test_only_ties_is_an_error_that_says_what_to_raise():
-    with pytest.raises(RunError, match="config.sampling.samples"):
-        make_pairs([sample(1.0)] * 4, 2)
 
 
 def test_the_summary_of_made_samples():
     """Two prompts, base scores 1..16 and all 0, trained scores above and below them."""
     base = [sample(float(i), text=f"a b{i}") for i in range(1, 17)]
-    base += [sample(0.0, text="c d") for _ in range(16)]
+    base += [sample(0.0, text="c d", prompt_id=1) for _ in range(16)]
+    scores, gains = [17, 17, 8.5, 8.5, 0, 0, 0, 0], [1, 2, 3, 4, 0, 0, 1, 1]
     trained = [
-        sample(score, text="so good !", log_prob=-2.0, base_log_prob=-2.0 - gain)
-        for score, gain in zip([17, 17, 8.5, 8.5, 0, 0, 0, 0], [1, 2, 3, 4, 0, 0, 1, 1])
+        sample(
+            score,
+            text="so good !",
+            prompt_id=i // 4,
+            log_probs=(-0.5, -1.5),
+            base_log_prob=-2.0 - gain,
+        )
+        for i, (score, gain) in enumerate(zip(scores, gains))
     ]
-    evaluation = ConfigDict({"base_samples": 16, "trained_samples": 4})
-    summary = summarise(base, trained, evaluation)
+    summary = summarise(base, trained)
     assert summary.keys() == {"base", "best_of_4", "trained", "exploitation"}
 
     t = 12.706204736  # the 0.975 quantile of Student's t with one degree of freedom
@@ -127,6 +105,10 @@ def test_the_whole_runs_is_not_run_again_and_survives_an_interruption_anywhere(
     assert len(rows) == round(summary["pairs"] / config.data.batch_size)
     assert abs(written["trained"]["kl"]) < 5
 
+    lines = read_samples(workdir.path / "samples" / "sample_trained.jsonl")
+    assert lines[0].keys() >= {"prompt_id", "tokens", "mask", "log_prob", "base_log_prob"}
+    assert lines[0]["scores"] == {"reward": len(lines[0]["text"])}
+
     evaluated = evaluate(config, workdir)
     for policy in ("base", "best_of_4", "trained"):
         assert evaluated[policy] == pytest.approx(summary[policy])
@@ -184,7 +166,7 @@ def test_a_wrong_config_is_refused_before_sampling(
     tiny_config, tmp_path, monkeypatch, overrides, message
 ):
     monkeypatch.setattr(rollouts, "generate", pytest.fail)
-    config = tiny_config("quickstart", overrides)
     with pytest.raises(RunError, match=message):
+        config = tiny_config("quickstart", overrides)
         run(config, Workdir(tmp_path, config))
     assert not list(tmp_path.glob("samples/*"))

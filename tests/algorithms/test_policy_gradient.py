@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.algorithms.policy_objective import new_agent
+from align_jax.algorithms.policy_gradient import iteration
+from align_jax.algorithms.policy_gradient.agent import new_agent
 from align_jax.errors import RewardError
 from align_jax.generation import rollout as rollouts
 from align_jax.generation import sampler
@@ -28,7 +29,7 @@ def test_a_run_starts_at_its_reference_with_ratio_1(new_trainer, method, tempera
     trainer, directory = new_trainer(
         METHODS[method] | settings | {"sampling.temperature": temperature}
     )
-    metrics = trainer.fit()
+    metrics = trainer.fit()[1][-1]
     assert metrics["objective/kl"] == 0.0  # to the bit
     assert metrics["policy/approxkl_avg"] == 0.0 and metrics["policy/clipfrac_avg"] == 0.0
     assert metrics["val/ratio"] == pytest.approx(1.0, abs=1e-6)  # a mean of exact ones
@@ -45,16 +46,18 @@ def test_fractional_scores_survive(new_trainer):
     trainer, directory = new_trainer(
         {"num_iterations": 1}, reward=lambda _, texts: np.full(len(texts), 0.73)
     )
-    metrics = trainer.fit()
+    metrics = trainer.fit()[1][-1]
     assert metrics["objective/scores"] == pytest.approx(0.73, abs=1e-6)
-    assert all(sample["score"] == pytest.approx(0.73) for sample in samples_of(directory)[0])
+    assert all(
+        sample["scores"]["reward"] == pytest.approx(0.73) for sample in samples_of(directory)[0]
+    )
 
 
 def test_the_logged_kl_is_that_of_the_saved_samples(new_trainer, base, tokenizer):
     policy = other_model(base)
     own = jax.tree.map(jnp.copy, policy)
     trainer, directory = new_trainer({"num_iterations": 1}, model=policy)
-    metrics = trainer.fit()
+    metrics = trainer.fit()[1][-1]
     (samples,) = samples_of(directory)
     kl = [
         log_probs_by_hand(own, s, tokenizer) - log_probs_by_hand(base, s, tokenizer)
@@ -64,7 +67,7 @@ def test_the_logged_kl_is_that_of_the_saved_samples(new_trainer, base, tokenizer
     assert abs(np.mean(kl)) > 0.01
     coefficient = trainer.config.kl.coefficient
     assert metrics["objective/rlhf_reward"] == pytest.approx(
-        np.mean([s["score"] for s in samples]) - coefficient * np.mean(kl), abs=1e-4
+        np.mean([s["scores"]["reward"] for s in samples]) - coefficient * np.mean(kl), abs=1e-4
     )
 
 
@@ -73,17 +76,17 @@ def test_a_completion_is_valued_the_same_alone_and_among_others(new_trainer, bas
     out = []
     for minibatches in (1, 8):
         trainer, _ = new_trainer({"minibatches": minibatches}, model=other_model(base))
-        agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.reward)
+        agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.task.reward)
         agent.critic.head.head_kernel[...] = jax.random.normal(jax.random.key(0), (32,))
         memory = {"next_prompt": 0}
-        _, rollout, _, _ = trainer.collect(agent.model, memory, 0)
+        rollout = trainer.collect(agent.model, memory, 0)[0].rollout
         layout = rollouts.layout_of(
             rollout, trainer.config.data, longest_prompt=trainer.longest_prompt
         )
         out.append(trainer.evaluate_completions(agent, rollout, layout))
-    assert np.abs(out[0]["old_values"]).max() > 0.1
-    for name in out[0]:
-        np.testing.assert_allclose(out[0][name], out[1][name], atol=2e-5, err_msg=name)
+    assert np.abs(out[0].values).max() > 0.1
+    for one, other in zip(*map(jax.tree.leaves, out), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def test_the_reference_is_frozen_and_has_no_optimizer_state(new_trainer, base):
@@ -188,7 +191,7 @@ def test_accumulated_micro_batches_are_the_whole_minibatch(new_trainer, base):
     for accumulation in (1, 4):
         settings = {"data.accumulation": accumulation, "kl.placement": "loss", "critic": "shared"}
         trainer, directory = new_trainer(settings, name=str(accumulation))
-        metrics = trainer.fit()
+        metrics = trainer.fit()[1][-1]
         out.append((metrics, parameters(directory, base)))
     for name in out[0][1]:
         np.testing.assert_allclose(out[0][1][name], out[1][1][name], atol=5e-4, err_msg=name)
@@ -199,14 +202,13 @@ def test_accumulated_micro_batches_are_the_whole_minibatch(new_trainer, base):
 def test_every_pass_over_the_completions_has_its_own_order(new_trainer, monkeypatch):
     trainer, _ = new_trainer({"epochs": 3, "minibatches": 2})
     orders = []
-    original = rollouts.rollout_batch
+    original = iteration.minibatch
 
-    def recording(rollout, groups, values, layout, **more):
-        if values:
-            orders.append(list(groups))
-        return original(rollout, groups, values, layout, **more)
+    def recording(config, experience, layout, groups, **more):
+        orders.append(list(groups))
+        return original(config, experience, layout, groups, **more)
 
-    monkeypatch.setattr(rollouts, "rollout_batch", recording)
+    monkeypatch.setattr(iteration, "minibatch", recording)
     trainer.fit()
     passes = [orders[i] + orders[i + 1] for i in range(0, len(orders), 2)]
     assert len(passes) == 6 and len({tuple(order) for order in passes}) == 6
@@ -220,7 +222,7 @@ def test_a_missing_stop_token_replaces_or_lowers_the_score(new_trainer):
             reward=lambda _, texts: np.full(len(texts), 0.25),
             name=rule,
         )
-        metrics = trainer.fit()
+        metrics = trainer.fit()[1][-1]
         ended = np.array([sample["ended"] for sample in samples_of(directory)[0]])
         assert not ended.all()
         wanted = np.where(ended, 0.25, expected).mean()
@@ -247,7 +249,8 @@ def test_updates_end_once_the_policy_has_moved_enough(new_trainer):
     settings = {"epochs": 4, "optimizer.learning_rate": 0.05, "num_iterations": 1}
     free, _ = new_trainer(settings, name="free")
     held, _ = new_trainer(settings | {"max_approx_kl": 1e-4}, name="held")
-    assert free.fit()["val/updates"] == 4 and held.fit()["val/updates"] == 2
+    assert free.fit()[1][-1]["val/updates"] == 4
+    assert held.fit()[1][-1]["val/updates"] == 2
 
 
 def test_the_first_iteration_compiles_all_there_is(new_trainer):
@@ -265,8 +268,8 @@ def test_the_first_iteration_compiles_all_there_is(new_trainer):
     trainer.fit()
     # Prompts come in two buckets of the sampler.
     assert all(after - start <= 2 for after, start in zip(sizes(), before))
-    own = (trainer.step, trainer.score, trainer.values, trainer.advantages, trainer.weights)
-    assert [function._cache_size() for function in own] == [1] * 5
+    own = (trainer.step, trainer.score, trainer.values, trainer.estimate)
+    assert [function._cache_size() for function in own] == [1] * 4
 
 
 # What takes the mean score from .03 to .2 and more, at 2 to 4 nats.
@@ -315,7 +318,7 @@ def test_the_critic_may_start_as_the_reward_model(new_trainer, base, tokenizer, 
     model = ScalarModel(base, key=jax.random.key(1))
     save_reward_model(model, tokenizer, tmp_path / "rm", scale=RewardScale(gain=2.0, bias=0.5))
     trainer, _ = new_trainer({"critic_init": str(tmp_path / "rm")})
-    agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.reward)
+    agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.task.reward)
     tokens = jnp.arange(10, 20)[None]
     np.testing.assert_allclose(
         agent.critic(tokens), 2.0 * model(tokens) + 0.5, rtol=1e-4, atol=1e-5
@@ -324,7 +327,7 @@ def test_the_critic_may_start_as_the_reward_model(new_trainer, base, tokenizer, 
 
 def test_a_separate_critic_starts_at_0_on_the_policys_trunk(new_trainer, base):
     trainer, _ = new_trainer()
-    agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.reward)
+    agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.task.reward)
     tokens = jnp.arange(10, 20)[None]
     assert isinstance(agent.model, Transformer) and not np.any(agent.critic(tokens))
     np.testing.assert_array_equal(agent.critic.transformer(tokens), base(tokens))

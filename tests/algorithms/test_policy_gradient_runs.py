@@ -1,12 +1,14 @@
 """Policy-gradient experiments from the config on: what is refused, reported, saved."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from align_jax.algorithms import policy_gradient, sft
+from align_jax.algorithms.policy_gradient import comparison
 from align_jax.errors import DataError, RewardError, RunError
 from align_jax.generation import rollout as rollouts
 from align_jax.rewards.base import checked_scores
@@ -17,6 +19,7 @@ from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import Workdir
 from align_jax.trees import flatten
+from tests.algorithms.policy_runs import digits, log_probs_by_hand, samples_of
 
 
 @pytest.mark.parametrize(
@@ -66,15 +69,15 @@ def test_a_wrong_config_is_refused_before_anything_is_sampled(
     tiny_config, tmp_path, monkeypatch, overrides, message
 ):
     monkeypatch.setattr(rollouts, "generate", pytest.fail)
-    config = tiny_config("ppo", overrides)
     with pytest.raises((RunError, RewardError, DataError), match=message):
+        config = tiny_config("ppo", overrides)
         policy_gradient.run(config, Workdir(tmp_path / "run", config))
 
 
 def test_a_reward_relative_to_its_batch_is_no_measure_of_held_out_samples(tiny_config, tmp_path):
-    config = tiny_config("ppo", {})
     parts = {"length": {"weight": 1.0, "reward": {"kind": "length"}}}
-    config.reward = ConfigDict({"kind": "mixture", "standardise": True, "components": parts})
+    reward = {"kind": "mixture", "standardise": True, "components": parts}
+    config = dataclasses.replace(tiny_config("ppo", {}), reward=reward)
     with pytest.raises(RunError, match="config.reward is standardised over the completions"):
         policy_gradient.run(config, Workdir(tmp_path / "run", config))
 
@@ -120,7 +123,7 @@ def test_held_out_samples_may_be_judged_by_another_reward(tiny_config, tmp_path)
         samples = [json.loads(line) for line in lines]
         texts = [sample["text"] for sample in samples]
         np.testing.assert_allclose(
-            [sample["score"] for sample in samples], vader_sentiment(texts), atol=1e-6
+            [sample["scores"]["reward"] for sample in samples], vader_sentiment(texts), atol=1e-6
         )
         lengths = checked_scores(make_reward("length"), [{}] * len(texts), texts)
         trained_on = [sample["training_score"] for sample in samples]
@@ -131,9 +134,9 @@ def test_held_out_samples_may_be_judged_by_another_reward(tiny_config, tmp_path)
 def test_a_training_reward_relative_to_its_batch_is_left_out(tiny_config, tmp_path):
     """Standardised in two calls, both means would be 0 whatever training has done."""
     settings = {"num_iterations": 1, "epochs": 1, "evaluation.reward": "vader"}
-    config = tiny_config("ppo", settings)
     parts = {"length": {"weight": 1.0, "reward": {"kind": "length"}}}
-    config.reward = ConfigDict({"kind": "mixture", "standardise": True, "components": parts})
+    reward = {"kind": "mixture", "standardise": True, "components": parts}
+    config = dataclasses.replace(tiny_config("ppo", settings), reward=reward)
     summary = policy_gradient.run(config, Workdir(tmp_path / "run", config))
     assert "training_reward" not in summary and "reward_mean" in summary["trained"]
     for name in ("base", "trained"):
@@ -151,3 +154,88 @@ def test_adapters_alone_are_trained_and_the_base_is_the_reference(tiny_config, t
     saved = checkpointer._manager.item_metadata(checkpointer.latest_step())
     checkpointer.close()
     assert all("adapters" in name for name in saved["model"])
+
+
+PROMPTS = [{"prompt": f"Count {n} from {n + 1}:"} for n in range(12)]
+
+
+def test_from_python_a_callable_is_the_reward_and_nothing_is_left_behind(
+    tiny_config, base, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = jax.device_get(flatten(base))
+    settings = {"num_iterations": 2, "epochs": 1, "sampling.prompts": 4, "evaluation.prompts": 2}
+    config = tiny_config("ppo", settings)
+    result = policy_gradient.train(
+        base, tokenizer, PROMPTS[:8], config, reward=digits, held_out=PROMPTS[8:]
+    )
+    assert list(tmp_path.iterdir()) == [] and result.workdir is None
+    assert [row["step"] for row in result.metrics] == [1, 2]
+    assert result.summary["train"] == result.metrics[-1]
+    assert result.summary["trained"]["kl"] != 0.0
+    trained = flatten(result.model)
+    for name, value in flatten(base).items():  # the reference, and whoever else has the model
+        np.testing.assert_array_equal(value, before[name])
+    assert any(np.abs(trained[name] - before[name]).max() > 1e-3 for name in before)
+
+
+def test_a_workdir_changes_no_number_and_goes_on(tiny_config, base, tokenizer, tmp_path):
+    config = tiny_config("ppo", {"num_iterations": 1, "epochs": 1, "sampling.prompts": 4})
+    results = [
+        policy_gradient.train(base, tokenizer, PROMPTS, config, reward=digits, workdir=workdir)
+        for workdir in (None, tmp_path / "run", tmp_path / "run")
+    ]
+    for other in results[1:]:
+        for key, value in results[0].metrics[0].items():
+            if key != "wall_time" and not key.startswith("seconds/"):
+                assert other.metrics[0][key] == value, key
+        for one, two in zip(*(jax.tree.leaves(r.model) for r in (results[0], other))):
+            np.testing.assert_array_equal(one, two)
+
+
+def test_a_run_killed_in_any_phase_ends_with_the_same_numbers(tiny_config, tmp_path, monkeypatch):
+    """Kills before either of the two phases of sampling."""
+    config = tiny_config("ppo", {"num_iterations": 1, "epochs": 1})
+    whole = policy_gradient.run(config, Workdir(tmp_path / "whole", config))
+    workdir = Workdir(tmp_path / "parts", config)
+    draw, killed_in = comparison.draw_samples, []
+
+    class Killed(BaseException):
+        pass
+
+    def killing(*arguments, description, **named):
+        if description in killed_in:
+            raise Killed
+        return draw(*arguments, description=description, **named)
+
+    monkeypatch.setattr(comparison, "draw_samples", killing)
+    for phase in ("sampling base", "sampling trained"):
+        killed_in[:] = [phase]
+        with pytest.raises(Killed):
+            policy_gradient.run(config, workdir)
+    killed_in.clear()
+    parts = policy_gradient.run(config, workdir)
+    for name in ("base", "best_of_4", "trained"):
+        assert parts[name] == whole[name]
+
+
+def test_records_that_are_no_prompts_are_refused(tiny_config, base, tokenizer):
+    config = tiny_config("ppo", {"sampling.prompts": 4})
+    with pytest.raises(DataError, match=r"records\[1\]"):
+        policy_gradient.train(base, tokenizer, [*PROMPTS[:1], {"text": "a"}], config)
+
+
+def test_samples_have_the_schema_of_every_stage(tiny_config, base, tokenizer, tmp_path):
+    """At another temperature than 1, too, `log_prob` is that of the untempered policy."""
+    settings = {"num_iterations": 1, "epochs": 1, "sampling.prompts": 4}
+    config = tiny_config("ppo", settings | {"sampling.temperature": 0.6})
+    policy_gradient.train(base, tokenizer, PROMPTS, config, reward=digits, workdir=tmp_path / "run")
+    [samples] = samples_of(tmp_path / "run")
+    for sample in samples:
+        record = PROMPTS[sample["prompt_id"]]
+        assert sample["prompt"] == record["prompt"]
+        assert sample["scores"] == {"reward": pytest.approx(digits([record], [sample["text"]])[0])}
+        by_hand = log_probs_by_hand(base, sample, tokenizer)
+        assert sample["log_prob"] == pytest.approx(by_hand, abs=1e-4)
+        assert sample["log_prob"] == sample["ref_log_prob"]
+        assert abs(sum(sample["log_probs"]) - by_hand) > 1e-3

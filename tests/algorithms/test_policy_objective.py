@@ -5,18 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.algorithms.policy_gradient import default_policy_gradient_config
-from align_jax.algorithms.policy_objective import (
-    Agent,
-    advantages_of,
-    make_loss,
-    pair_weights,
-    token_weights,
+from align_jax.algorithms.online_preference import best_against_worst
+from align_jax.algorithms.policy_gradient import Config
+from align_jax.algorithms.policy_gradient.agent import Agent
+from align_jax.algorithms.policy_gradient.objective import (
+    Completions,
+    MicroBatch,
+    Text,
+    aggregation_weights,
+    estimate_advantages,
+    make_objective,
     with_missing_eos,
 )
 from align_jax.data.batching import build_batch
-from align_jax.data.dataset import default_data_config
 from align_jax.data.tokenise import Example
+from align_jax.losses import policy_gradient as pg
 from align_jax.models.heads import ScalarHead, ScalarModel
 from align_jax.models.interchange import load_model
 
@@ -32,23 +35,24 @@ NO_BASELINE = np.float32(np.nan)
 
 
 def config_of(**overrides):
-    config = default_policy_gradient_config()
-    config.data = default_data_config()
-    config.sampling.update(samples=K, max_new_tokens=T)
+    """Settings with K samples of T tokens; a name `kl__target` is that of a field of a part."""
+    values = {"epochs": 1, "sampling": {"samples": K, "max_new_tokens": T}}
     for name, value in overrides.items():
-        part = config
         *path, last = name.split("__")
+        part = values
         for key in path:
-            part = part[key]
+            part = part.setdefault(key, {})
         part[last] = value
-    return config
+    if overrides.get("critic") == "none":
+        values.setdefault("advantage", "rloo")
+    return Config.from_dict(values)
 
 
-def advantages(config, *, scores=SCORES, coefficient=0.1, baseline=NO_BASELINE):
-    out = advantages_of(
-        config, scores, LOG_PROBS, REFERENCE, MASK, VALUES, np.float32(coefficient), baseline
+def advantages(config, *, scores=SCORES, coefficient=0.1, baseline=NO_BASELINE, values=VALUES):
+    out = estimate_advantages(
+        config, scores, LOG_PROBS, REFERENCE, MASK, values, np.float32(coefficient), baseline
     )
-    return {name: np.asarray(x) for name, x in out.items()}
+    return jax.tree.map(np.asarray, out)
 
 
 def penalised(coefficient=0.1):
@@ -58,14 +62,12 @@ def penalised(coefficient=0.1):
 def test_the_score_arrives_at_the_last_real_token_of_every_length():
     """With a discount of 0, no KL and values of 0, the advantage is the token's reward."""
     config = config_of(discount=0.0, whiten_advantages=False)
-    out = advantages_of(
-        config, SCORES, LOG_PROBS, REFERENCE, MASK, 0 * VALUES, np.float32(0), NO_BASELINE
-    )
+    out = advantages(config, coefficient=0.0, values=0 * VALUES)
     expected = np.zeros_like(MASK)
     for row, length in enumerate(LENGTHS):
         expected[row, length - 1] = SCORES[row]
-    np.testing.assert_array_equal(out["advantages"], expected)
-    np.testing.assert_array_equal(out["rewards"], SCORES)
+    np.testing.assert_array_equal(out.advantages, expected)
+    np.testing.assert_array_equal(out.rewards, SCORES)
 
 
 def test_gae_of_shaped_rewards_is_the_loop():
@@ -78,33 +80,29 @@ def test_gae_of_shaped_rewards_is_the_loop():
         for t in reversed(range(length)):
             after = VALUES[row, t + 1] if t + 1 < length else 0.0
             advantage = reward[t] + 0.9 * after - VALUES[row, t] + 0.9 * 0.8 * advantage
-            np.testing.assert_allclose(out["advantages"][row, t], advantage, atol=1e-5)
-            np.testing.assert_allclose(
-                out["returns"][row, t], advantage + VALUES[row, t], atol=1e-5
-            )
-        assert not out["advantages"][row, length:].any()
-    np.testing.assert_allclose(out["rewards"], penalised(0.3), atol=1e-5)
+            np.testing.assert_allclose(out.advantages[row, t], advantage, atol=1e-5)
+            np.testing.assert_allclose(out.returns[row, t], advantage + VALUES[row, t], atol=1e-5)
+        assert not out.advantages[row, length:].any()
+    np.testing.assert_allclose(out.rewards, penalised(0.3), atol=1e-5)
 
 
 def test_whitening_takes_place_after_the_returns_and_over_tokens_alone():
     plain, white = (advantages(config_of(whiten_advantages=w)) for w in (False, True))
-    np.testing.assert_array_equal(plain["returns"], white["returns"])
-    counted = white["advantages"][MASK > 0]
+    np.testing.assert_array_equal(plain.returns, white.returns)
+    counted = white.advantages[MASK > 0]
     assert abs(counted.mean()) < 1e-6 and abs(counted.std() - 1) < 1e-4
-    x = plain["advantages"][MASK > 0].astype(np.float64)
+    x = plain.advantages[MASK > 0].astype(np.float64)
     np.testing.assert_allclose(counted, (x - x.mean()) / x.std(), atol=1e-4)
 
 
 def test_rewards_are_whitened_without_losing_their_mean():
     config = config_of(whiten_rewards=True, whiten_advantages=False, discount=0.0)
-    out = advantages_of(
-        config, SCORES, LOG_PROBS, REFERENCE, MASK, 0 * VALUES, np.float32(0.1), NO_BASELINE
-    )
+    out = advantages(config, values=0 * VALUES)
     reward = -0.1 * (LOG_PROBS - REFERENCE).astype(np.float64)
     reward[np.arange(6), LENGTHS - 1] += SCORES
     counted = reward[MASK > 0]
     expected = ((reward - counted.mean()) / counted.std() + counted.mean()) * MASK
-    np.testing.assert_allclose(out["advantages"], expected, atol=1e-4)
+    np.testing.assert_allclose(out.advantages, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -124,28 +122,28 @@ def test_rewards_are_whitened_without_losing_their_mean():
 def test_group_advantages_are_the_same_on_every_token(overrides, expected):
     out = advantages(config_of(critic="none", **overrides))
     groups = expected(penalised().astype(np.float64).reshape(-1, K)).ravel()
-    np.testing.assert_allclose(out["advantages"], groups[:, None] * MASK, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out.advantages, groups[:, None] * MASK, rtol=1e-4, atol=1e-5)
 
 
 def test_a_kl_that_is_in_the_loss_is_not_in_the_reward_too():
     out = advantages(config_of(critic="none", advantage="rloo", kl__placement="loss"))
-    np.testing.assert_array_equal(out["rewards"], SCORES)
+    np.testing.assert_array_equal(out.rewards, SCORES)
 
 
 def test_the_moving_baseline_is_the_past_and_at_first_the_others():
     config = config_of(critic="none", advantage="moving_baseline")
     later = advantages(config, baseline=np.float32(0.25))
-    np.testing.assert_allclose(later["advantages"][:, 0], penalised() - 0.25, atol=1e-5)
+    np.testing.assert_allclose(later.advantages[:, 0], penalised() - 0.25, atol=1e-5)
     first = advantages(config)
     r = penalised()
     others = [(r.sum() - x) / 5 for x in r]
-    np.testing.assert_allclose(first["advantages"][:, 0], r - others, atol=1e-5)
+    np.testing.assert_allclose(first.advantages[:, 0], r - others, atol=1e-5)
 
 
 @pytest.mark.parametrize("aggregation", ["dapo", "grpo", "dr_grpo", "sum"])
 def test_weights_add_token_losses_up_as_each_paper_does(aggregation):
     losses = rng.normal(size=MASK.shape)
-    weights = np.asarray(token_weights(config_of(aggregation=aggregation), jnp.asarray(MASK)))
+    weights = aggregation_weights(MASK, method=aggregation, max_length=T)
     sums = (losses * MASK).sum(1)
     expected = {
         "dapo": sums.sum() / LENGTHS.sum(),
@@ -155,6 +153,18 @@ def test_weights_add_token_losses_up_as_each_paper_does(aggregation):
     }[aggregation]
     np.testing.assert_allclose((weights * losses).sum(), expected, rtol=1e-5)
     assert not weights[MASK == 0].any()
+
+
+@pytest.mark.parametrize("aggregation", ["dapo", "grpo", "dr_grpo", "sum"])
+def test_weights_are_the_derivatives_of_the_librarys_aggregation(aggregation):
+    method, max_length = ("dr_grpo", 1) if aggregation == "sum" else (aggregation, T)
+
+    def total(losses):
+        return pg.aggregate_token_losses(losses, MASK, method=method, max_length=max_length).mean()
+
+    weights = aggregation_weights(MASK, method=aggregation, max_length=T)
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights, jax.grad(total)(jnp.zeros(MASK.shape)), rtol=1e-6)
 
 
 def test_a_missing_stop_token_costs_those_without_one_alone():
@@ -170,7 +180,15 @@ def test_a_missing_stop_token_costs_those_without_one_alone():
 
 def test_pairs_are_best_and_worst_and_a_tie_is_none():
     scores = np.array([0.1, 0.9, 0.5, 0.3, 0.3, 0.3])
-    assert pair_weights(scores, 3).tolist() == [-1, 1, 0, 0, 0, 0]
+    pairs = best_against_worst(scores, 3)
+    assert pairs.sign.tolist() == [-1, 1, 0, 0, 0, 0]
+    assert pairs.weight.tolist() == [0, 1, 0, 0, 0, 0]
+
+
+def test_pairs_weigh_the_same_within_a_minibatch():
+    pairs = best_against_worst(np.array([0.1, 0.9, 0.3, 0.3, 2.0, 1.0]), 2)
+    assert pairs.weight.tolist() == [0, 0.5, 0, 0, 0.5, 0]
+    assert pairs.in_minibatch(np.arange(4)).weight[:4].tolist() == [0, 1, 0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +196,11 @@ def model():
     return load_model("tiny")
 
 
-def batch_of(model, **more):
-    """Two prompts with K completions each, whose lengths are LENGTHS, and made values."""
+def batch_of(*, on_policy=True, **known):
+    """Two prompts with K completions each, whose lengths are LENGTHS, and made values.
+
+    `known` replaces some of those.
+    """
     draw = np.random.default_rng(1)
     examples = []
     for p in range(2):
@@ -189,21 +210,21 @@ def batch_of(model, **more):
         examples.append(Example(p, prompt, responses, masks, {}))
     batch = build_batch(examples, rows=2, length_buckets=(24,), target_buckets=(16,))
     n = len(LENGTHS)
-    values = {
-        "mask": MASK,
-        "old_log_probs": LOG_PROBS,
-        "ref_log_probs": REFERENCE,
-        "old_values": VALUES,
-        "returns": VALUES + 0.5 * MASK,
-        "advantages": (draw.normal(size=MASK.shape) * MASK).astype(np.float32),
-        "weights": MASK / MASK.sum(),
-        "mean_weights": MASK / MASK.sum(),
-        "pairs": pair_weights(SCORES, K),
-        "pair_weights": (pair_weights(SCORES, K) > 0) / 2,
-        "on_policy": np.ones(n, np.float32),
-        "kl_coefficient": np.full(n, 0.2, np.float32),
-    }
-    return jax.tree.map(jnp.asarray, batch | values | more)
+    completions = Completions(
+        mask=MASK,
+        old_log_probs=LOG_PROBS,
+        ref_log_probs=REFERENCE,
+        weights=MASK / MASK.sum(),
+        mean_weights=MASK / MASK.sum(),
+        advantages=(draw.normal(size=MASK.shape) * MASK).astype(np.float32),
+        old_values=VALUES,
+        returns=VALUES + 0.5 * MASK,
+        pairs=best_against_worst(SCORES, K),
+    )
+    made = MicroBatch(
+        batch, completions._replace(**known), np.full(n, on_policy, np.float32), np.float32(0.2)
+    )
+    return jax.tree.map(jnp.asarray, made)
 
 
 def passes_by_hand(model, batch, temperature=1.0):
@@ -211,8 +232,8 @@ def passes_by_hand(model, batch, temperature=1.0):
 
     The last two are before each of its tokens, `[., D]` and over the whole vocabulary, `[., V]`.
     """
-    tokens, branch = np.asarray(batch["tokens"]), np.asarray(batch["branch_ids"])
-    segment = np.asarray(batch["segment_ids"])
+    tokens, branch = np.asarray(batch.rows["tokens"]), np.asarray(batch.rows["branch_ids"])
+    segment = np.asarray(batch.rows["segment_ids"])
     for n in range(len(LENGTHS)):
         row, k = divmod(n, K)
         prompt = tokens[row][(branch[row] == 0) & (segment[row] > 0)]
@@ -240,16 +261,16 @@ def test_at_the_first_update_the_ratio_is_exactly_1(model, critic):
         "separate": ScalarModel(model, key=jax.random.key(0)),
     }
     agent = Agent(model, heads[critic])
-    sums = jax.jit(make_loss(config_of(critic=critic)))(agent, batch_of(model))
+    sums = jax.jit(make_objective(config_of(critic=critic)))(agent, batch_of())
     np.testing.assert_allclose(sums.metrics["val/ratio"], 1.0, atol=1e-6)  # a mean of exact ones
     assert sums.metrics["policy/approxkl_avg"] == 0 and sums.metrics["policy/clipfrac_avg"] == 0
 
 
 def test_the_first_gradient_of_ppo_is_that_of_reinforce(model):
-    batch = batch_of(model)
+    batch = batch_of()
 
     def gradient(loss):
-        total = lambda agent: make_loss(config_of(loss=loss))(agent, batch).loss  # noqa: E731
+        total = lambda agent: make_objective(config_of(loss=loss))(agent, batch).loss  # noqa: E731
         return jax.grad(total)(Agent(model, None))
 
     gradients = [gradient("ppo"), gradient("reinforce")]
@@ -260,15 +281,14 @@ def test_the_first_gradient_of_ppo_is_that_of_reinforce(model):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "reinforce"])
 def test_the_loss_off_policy_is_the_formula(model, loss, temperature):
-    batch = batch_of(model, on_policy=jnp.zeros(6))
+    batch = batch_of(on_policy=False)
     new = log_probs_by_hand(model, batch, temperature)
     old = (new + rng.normal(0, 0.3, MASK.shape)) * MASK
-    batch["old_log_probs"] = jnp.asarray(old, jnp.float32)
-    config = config_of(
-        loss=loss, clip_range_high=0.28, kl__coefficient=0.0, sampling__temperature=temperature
-    )
-    sums = make_loss(config)(Agent(model, None), batch)
-    a = np.asarray(batch["advantages"], np.float64)
+    batch = batch_of(on_policy=False, old_log_probs=old.astype(np.float32))
+    high = {} if loss == "reinforce" else {"clip_range_high": 0.28}
+    config = config_of(loss=loss, kl__coefficient=0.0, sampling__temperature=temperature, **high)
+    sums = make_objective(config)(Agent(model, None), batch)
+    a = np.asarray(batch.completions.advantages, np.float64)
     ratio = np.exp(new - old)
     if loss == "gspo":
         ratio = np.exp(((new - old) * MASK).sum(1) / LENGTHS)[:, None] * np.ones_like(MASK)
@@ -280,7 +300,8 @@ def test_the_loss_off_policy_is_the_formula(model, loss, temperature):
         "reinforce": -a * new,
     }[loss]
     np.testing.assert_allclose(sums.loss, (expected * MASK).sum() / MASK.sum(), rtol=1e-4)
-    clipped = ((ratio < 0.8) | (ratio > 1.28)) & (MASK > 0)
+    upper = 1.2 if loss == "reinforce" else 1.28
+    clipped = ((ratio < 0.8) | (ratio > upper)) & (MASK > 0)
     np.testing.assert_allclose(
         sums.metrics["policy/clipfrac_avg"], clipped.sum() / MASK.sum(), rtol=1e-6
     )
@@ -291,11 +312,11 @@ def test_the_loss_off_policy_is_the_formula(model, loss, temperature):
 
 
 def test_the_old_gap_shows_what_the_ratio_of_a_first_update_cannot(model):
-    batch = batch_of(model)
+    batch = batch_of()
     new = log_probs_by_hand(model, batch)
     for moved in (0.0, 0.125):
-        batch["old_log_probs"] = jnp.asarray((new + moved) * MASK, jnp.float32)
-        sums = make_loss(config_of())(Agent(model, None), batch)
+        batch = batch_of(old_log_probs=((new + moved) * MASK).astype(np.float32))
+        sums = make_objective(config_of())(Agent(model, None), batch)
         np.testing.assert_allclose(sums.metrics["val/old_gap"], moved, atol=2e-5)
         assert sums.metrics["policy/approxkl_avg"] == 0
 
@@ -315,7 +336,7 @@ def test_kl_entropy_and_value_terms_are_added(model, critic):
     if critic == "separate":
         agent = Agent(model, ScalarModel(model, key=None))
         agent.critic.head = head
-    batch = batch_of(model)
+    batch = batch_of()
     new = log_probs_by_hand(model, batch, temperature=0.6)
     entropies, values = np.zeros(MASK.shape), np.zeros(MASK.shape)
     for n, response, hidden, log_p in passes_by_hand(model, batch, temperature=0.6):
@@ -325,8 +346,10 @@ def test_kl_entropy_and_value_terms_are_added(model, critic):
     draw = np.random.default_rng(2)
     old_values = values + draw.choice([-0.7, -0.1, 0.1, 0.7], MASK.shape)
     returns = values + draw.normal(size=MASK.shape)
-    batch["old_values"] = jnp.asarray(old_values * MASK, jnp.float32)
-    batch["returns"] = jnp.asarray(returns * MASK, jnp.float32)
+    batch = batch_of(
+        old_values=(old_values * MASK).astype(np.float32),
+        returns=(returns * MASK).astype(np.float32),
+    )
     clipped = np.clip(values, old_values - 0.2, old_values + 0.2)
     plain, held = (values - returns) ** 2, (clipped - returns) ** 2
     for case in (held > plain, held < plain, clipped == values):
@@ -334,7 +357,7 @@ def test_kl_entropy_and_value_terms_are_added(model, critic):
     mean = lambda x: (x * MASK).sum() / MASK.sum()  # noqa: E731
     value_loss, entropy = mean(np.maximum(plain, held) / 2), mean(entropies)
 
-    parts = make_loss(config)(agent, batch)
+    parts = make_objective(config)(agent, batch)
     np.testing.assert_allclose(parts.metrics["loss/value_avg"], value_loss, rtol=1e-4)
     np.testing.assert_allclose(parts.metrics["policy/entropy_avg"], entropy, rtol=1e-4)
     d = np.where(MASK > 0, new - REFERENCE, 0)
@@ -342,7 +365,7 @@ def test_kl_entropy_and_value_terms_are_added(model, critic):
         parts.metrics["loss/kl_avg"], ((np.exp(-d) - 1 + d) * MASK).sum() / MASK.sum(), rtol=1e-4
     )
     expected = (
-        -mean(np.asarray(batch["advantages"]))  # the ratio is 1
+        -mean(np.asarray(batch.completions.advantages))  # the ratio is 1
         + 0.2 * mean(np.exp(-d) - 1 + d)
         - 0.05 * entropy
         + 0.3 * value_loss
@@ -351,8 +374,8 @@ def test_kl_entropy_and_value_terms_are_added(model, critic):
 
 
 def test_online_dpo_is_the_loss_of_the_pairs(model):
-    batch = batch_of(model)
-    sums = make_loss(config_of(loss="dpo", critic="none", kl__coefficient=0.3))(
+    batch = batch_of()
+    sums = make_objective(config_of(loss="dpo", critic="none", kl__coefficient=0.3))(
         Agent(model, None), batch
     )
     gain = (log_probs_by_hand(model, batch) - REFERENCE).sum(1).reshape(-1, K)
@@ -363,17 +386,12 @@ def test_online_dpo_is_the_loss_of_the_pairs(model):
 
 
 def test_ppo_ptx_adds_gamma_times_the_likelihood_of_text(model):
-    batch = batch_of(model)
-    text = batch_of(model)
-    text["target_mask"] = text["target_mask"].at[0].set(0.0)
-    counted = text["target_mask"]
-    names = ("tokens", "positions", "segment_ids", "branch_ids", "predict_from", "targets")
-    extra = {f"ptx_{name}": text[name] for name in (*names, "target_mask", "target_response")}
-    extra["ptx_weights"] = counted / counted.sum()
-    config = config_of(critic="none", ptx__gamma=2.0)
-    plain = make_loss(config)(Agent(model, None), batch)
-    config.ptx.source = "some text"
-    both = make_loss(config)(Agent(model, None), batch | extra)
+    batch, agent = batch_of(), Agent(model, None)
+    counted = batch.rows["target_mask"].at[0].set(0.0)
+    text = Text(batch.rows | {"target_mask": counted}, counted / counted.sum())
+    plain = make_objective(config_of())(agent, batch)
+    config = config_of(ptx__gamma=2.0, ptx__source="some text")
+    both = make_objective(config)(agent, batch._replace(text=text))
     second = log_probs_by_hand(model, batch)[K:]
     expected = -2.0 * second.sum() / LENGTHS[K:].sum()
     np.testing.assert_allclose(both.loss - plain.loss, expected, rtol=1e-4)

@@ -4,13 +4,19 @@ import jax
 import numpy as np
 import pytest
 
+from align_jax.algorithms.policy_gradient import Config, iteration
+from align_jax.algorithms.policy_gradient.agent import Scored
+from align_jax.algorithms.policy_gradient.objective import Estimate
+from align_jax.data.dataset import Data
 from align_jax.generation import rollout as rollouts
+from align_jax.generation.rollout import Sampling
 from align_jax.models.heads import ScalarModel
 from align_jax.models.tokenizers import load_tokenizer
 from align_jax.rewards.configured import make_reward
 from align_jax.rewards.model import RewardScale, save_reward_model
 from align_jax.training.metrics import read_metrics
 from tests.algorithms.policy_runs import METHODS, other_model, samples_of
+from tests.generation.rollouts import made_rollout
 
 
 def test_the_coefficient_of_a_kl_in_the_loss_moves_and_is_the_one_applied(new_trainer):
@@ -37,13 +43,13 @@ def test_the_coefficient_of_a_kl_in_the_loss_moves_and_is_the_one_applied(new_tr
 def test_the_rlhf_reward_is_the_objective_wherever_the_kl_is_taken(new_trainer, base, method):
     settings = METHODS[method] | {"num_iterations": 1, "kl.coefficient": 0.3}
     trainer, directory = new_trainer(settings, model=other_model(base))
-    metrics = trainer.fit()
+    metrics = trainer.fit()[1][-1]
     (samples,) = samples_of(directory)
     kl = np.mean([s["log_prob"] - s["ref_log_prob"] for s in samples])
     assert abs(kl) > 0.01
     assert metrics["objective/kl"] == pytest.approx(kl, rel=1e-4)
     assert metrics["objective/non_score_reward"] == pytest.approx(-0.3 * kl, rel=1e-4)
-    expected = np.mean([s["score"] for s in samples]) - 0.3 * kl
+    expected = np.mean([s["scores"]["reward"] for s in samples]) - 0.3 * kl
     assert metrics["objective/rlhf_reward"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -58,29 +64,29 @@ def test_token_losses_are_weighed_by_the_capped_ratio_of_trainer_to_sampler(
         noise = np.random.default_rng(0).uniform(-1, 1, rollout.mask.shape).astype(np.float32)
         return rollout._replace(log_probs=rollout.log_probs + noise * rollout.mask)
 
-    lay_out = rollouts.rollout_batch
+    made = iteration.minibatch
 
-    def recording(rollout, groups, values, layout, **more):
-        if values:
-            rows = rollout.rows(groups)
-            batches.append({name: values[name][rows] for name in values})
-        return lay_out(rollout, groups, values, layout, **more)
+    def recording(config, experience, layout, groups, **more):
+        batch = made(config, experience, layout, groups, **more)
+        rows = experience.collected.rollout.rows(groups)
+        batches.append((batch.completions, experience.collected.rollout.log_probs[rows]))
+        return batch
 
     monkeypatch.setattr(rollouts, "roll_out", off)
-    monkeypatch.setattr(rollouts, "rollout_batch", recording)
+    monkeypatch.setattr(iteration, "minibatch", recording)
     metrics = {}
     for cap in (0.0, 1.5):
         settings = METHODS["rloo"] | {"num_iterations": 1, "importance_cap": cap}
-        metrics[cap] = new_trainer(settings, name=str(cap))[0].fit()
-    plain, capped = batches
-    ratio = np.exp(plain["old_log_probs"] - plain["sampler_log_probs"], dtype=np.float64)
-    expected = plain["weights"] * np.minimum(ratio, 1.5)
-    mask = plain["mask"] > 0
+        metrics[cap] = new_trainer(settings, name=str(cap))[0].fit()[1][-1]
+    (plain, drawn), (capped, _) = batches
+    ratio = np.exp(plain.old_log_probs - drawn, dtype=np.float64)
+    expected = plain.weights * np.minimum(ratio, 1.5)
+    mask = plain.mask > 0
     assert (ratio[mask] > 1.5).any() and (ratio[mask] < 0.8).any()
-    np.testing.assert_allclose(capped["weights"], expected, rtol=1e-5)
+    np.testing.assert_allclose(capped.weights, expected, rtol=1e-5)
     assert metrics[1.5]["val/sampler_gap"] > 0.5
-    for cap, weights in ((0.0, plain["weights"]), (1.5, expected)):
-        loss = -(weights * plain["advantages"] * plain["old_log_probs"]).sum()
+    for cap, weights in ((0.0, plain.weights), (1.5, expected)):
+        loss = -(weights * plain.advantages * plain.old_log_probs).sum()
         assert metrics[cap]["loss/policy_avg"] == pytest.approx(loss, rel=1e-3, abs=1e-4)
     assert metrics[0.0]["loss/policy_avg"] != pytest.approx(metrics[1.5]["loss/policy_avg"])
 
@@ -96,7 +102,7 @@ def test_text_in_micro_batches_is_the_whole_text(new_trainer):
             "num_iterations": 1,
         }
         settings |= METHODS["reinforce"]
-        out.append(new_trainer(settings, name=str(accumulation))[0].fit())
+        out.append(new_trainer(settings, name=str(accumulation))[0].fit()[1][-1])
     for name in ("loss", "loss/ptx_avg", "loss/policy_avg", "grad_norm"):
         assert out[0][name] == pytest.approx(out[1][name], rel=1e-4), name
     assert out[0]["loss/ptx_avg"] > 1
@@ -134,11 +140,49 @@ def test_a_reward_model_reads_the_text_with_its_own_tokenizer(
         ids = lambda text: using(text, add_special_tokens=False).input_ids  # noqa: B023, E731
         # Prompt and completion are tokenised apart, and EOS closes the text though most of these
         # completions were cut by the token budget.
-        texts = [[*ids(s["prompt"]), *ids(s["completion"]), using.eos_token_id] for s in samples]
+        texts = [[*ids(s["prompt"]), *ids(s["text"]), using.eos_token_id] for s in samples]
         tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)
         for row, text in zip(tokens, texts):
             row[: len(text)] = text
         scalars = np.asarray(jax.jit(lambda tokens: model(tokens))(tokens))
         by_hand[name] = [1.5 * row[len(text) - 1] + 0.25 for row, text in zip(scalars, texts)]
-    np.testing.assert_allclose([s["score"] for s in samples], by_hand["own"], atol=2e-5)
+    np.testing.assert_allclose([s["scores"]["reward"] for s in samples], by_hand["own"], atol=2e-5)
     assert np.abs(np.subtract(by_hand["own"], by_hand["policy's"])).min() > 1e-3
+
+
+def test_micro_batches_hold_the_groups_in_order_with_their_values():
+    rollout = made_rollout([1, 6, 3, 2, 5, 4, 1, 1], samples=2)
+    data = Data(length_buckets=(16, 32))
+    layout = rollouts.layout_of(rollout, data, longest_prompt=9)
+    sampling = Sampling(prompts=4, samples=2, max_new_tokens=6)
+    numbers = np.arange(8.0, dtype=np.float32)
+    scored = Scored(rollout.log_probs, rollout.log_probs, None)
+    experience = iteration.Experience(
+        iteration.Collected([], rollout, numbers, {}),
+        iteration.Evaluated(scored, scored, None),
+        numbers,
+        Estimate(numbers, numbers[:, None] * rollout.mask, None),
+        None,
+        None,
+        0.05,
+    )
+
+    def made(accumulation):
+        config = Config(
+            advantage="rloo",
+            critic="none",
+            sampling=sampling,
+            data=Data(accumulation=accumulation, length_buckets=(16, 32)),
+        )
+        return iteration.minibatch(config, experience, layout, [3, 0, 2, 1], on_policy=True)
+
+    whole, halves = made(1), made(2)
+    assert whole.completions.advantages[:, 0].tolist() == [6, 7, 0, 1, 4, 5, 2, 3]
+    for name in ("tokens", "targets"):
+        joined = halves.rows[name].reshape(whole.rows[name].shape)
+        np.testing.assert_array_equal(joined, whole.rows[name], err_msg=name)
+    for name in ("mask", "advantages", "weights"):
+        one, two = (getattr(batch.completions, name) for batch in (whole, halves))
+        np.testing.assert_array_equal(two.reshape(one.shape), one, err_msg=name)
+    # Responses are numbered anew in every micro-batch.
+    assert halves.rows["target_response"].max() == 3 and whole.rows["target_response"].max() == 7

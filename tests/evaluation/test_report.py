@@ -178,13 +178,41 @@ def test_not_a_number_is_null_and_reads_na(tmp_path):
 def test_what_the_summary_or_a_sample_lacks_is_named(tmp_path):
     summary = make_summary()
     summary["trained"] = {"reward_mean": 0.5, "reward_ci95": 0.0, "win_rate": 0.7, "kl": 1.0}
-    del summary["best_of_4"], summary["seconds"]
+    summary["best_of_4"] = {"reward_mean": 0.5, "reward_ci95": 0.0}
+    del summary["seconds"]
     with pytest.raises(ValueError, match=r"best_of_4\.kl.*trained\.distinct_2, seconds"):
         report.write_report(tmp_path / "r", **make_inputs(summary=summary))
     with pytest.raises(ValueError, match=r"samples\[0\] lacks base_score, trained_score"):
         samples = [{"prompt": "", "base": "", "trained": ""}]
         report.write_report(tmp_path / "r", **make_inputs(samples=samples))
     assert not (tmp_path / "r").exists()
+
+
+def test_there_is_a_column_for_what_was_measured_and_for_nothing_else(tmp_path):
+    summary = {
+        "trained": {"distinct_2": 0.9, "loss": 1.25, "accuracy": 0.75, "accuracy_ci95": [0.5, 1.0]}
+        | {"judged: win_rate": 0.625, "judged: win_rate_ci95": 0.1, "pairs": 40},
+        "seconds": {"loss": 1.0},
+    }
+    samples = [{"prompt": "P", "trained": "T", "trained_score": None}]
+    changes = {"summary": summary, "rewards": {}, "samples": samples, "curves": []}
+    page = Page(report.write_report(tmp_path, **make_inputs(**changes)))
+    assert page.rows[:2] == [
+        ["policy", "judged: win rate", "distinct-2", "loss", "accuracy", "pairs"],
+        ["trained", "0.625 ± 0.100", "0.900", "1.250", "0.750 [0.500, 1.000]", "40"],
+    ]
+    assert ["P", "T"] in page.rows and "mean reward" not in page.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "summary.json"]
+    assert "best of 4" not in report.format_summary(summary)
+
+
+def test_a_table_that_is_too_wide_is_turned_around():
+    row = {f"measure {n}": n / 3 for n in range(12)}
+    summary = {"base": row, "trained": row, "seconds": {}}
+    lines = report.format_table(summary).split("\n")
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["base", "trained"]
+    assert lines[3].split() == ["measure", "1", "0.333", "0.333"]
 
 
 @pytest.mark.parametrize("failing", ["picture", "write", "json"])

@@ -7,12 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.lax import stop_gradient
-from ml_collections import ConfigDict
 
 from align_jax import losses
-from align_jax.algorithms import policy_objective, preference
-from align_jax.algorithms.policy_gradient import default_policy_gradient_config
-from align_jax.data.dataset import default_data_config
+from align_jax.algorithms import preference
+from align_jax.algorithms.policy_gradient import Config
+from align_jax.algorithms.policy_gradient.agent import Agent
+from align_jax.algorithms.policy_gradient.objective import (
+    Completions,
+    MicroBatch,
+    aggregation_weights,
+    estimate_advantages,
+    make_objective,
+)
 from align_jax.losses import policy_gradient as pg
 from align_jax.models.heads import ScalarModel, response_scores
 from align_jax.models.transformer import Transformer
@@ -92,39 +98,46 @@ def token_log_probs(world: World, policy: np.ndarray) -> np.ndarray:
     return np.where(mask, tokens, 0.0).reshape(-1, mask.shape[1]).astype(np.float32)
 
 
-def policy_config(world: World, **fields) -> ConfigDict:
-    """A config of `algorithms.policy_gradient`: sums over a response unless `fields` say else."""
-    config = default_policy_gradient_config()
-    config.data = default_data_config()
-    config.sampling.max_new_tokens = world.language.max_length
-    config.update(aggregation="sum", critic="none", whiten_advantages=False)
-    for name, value in fields.items():
-        (config.kl if name in config.kl else config)[name] = value
-    return config
+def policy_config(world: World, *, kl: dict | None = None, samples: int = 1, **fields) -> Config:
+    """Settings of `algorithms.policy_gradient`: sums over a response unless `fields` say else."""
+    return Config.from_dict(
+        {
+            "aggregation": "sum",
+            "epochs": 1,
+            "sampling": {"max_new_tokens": world.language.max_length, "samples": samples},
+            "kl": kl or {},
+        }
+        | fields
+    )
 
 
-def objective(config: ConfigDict):
+def objective(config: Config):
     """The trainer's own loss under an exact expectation: `(model, batch, law, more) -> LossSums`.
 
     `law` `[P N]` is the probability of each response, hence its weight; `more` has what the loss
     reads: `advantages`, `[P N, max_length]`, and `old_log_probs` where they are not the model's.
     """
-    loss = policy_objective.make_loss(config)
+    loss, budget = make_objective(config), config.sampling.max_new_tokens
 
     def loss_sums(model: Transformer, batch: Batch, law: jax.Array, more: Batch) -> LossSums:
         mask = batch["target_mask"]
         # The mean over responses that are all there once becomes their expectation.
-        weights = policy_objective.token_weights(config, mask) * mask.shape[0] * law[:, None]
-        zeros = jnp.zeros(mask.shape[0])
+        weights = aggregation_weights(mask, method=config.aggregation, max_length=budget)
+        weights = weights * mask.shape[0] * law[:, None]
         made = {
             "mask": mask,
             "old_log_probs": jnp.zeros_like(mask),
             "ref_log_probs": batch["reference"],
             "weights": weights,
             "mean_weights": weights,
-            "on_policy": zeros if "old_log_probs" in more else zeros + 1,
         }
-        return mean(loss(policy_objective.Agent(model, None), batch | made | more).loss)
+        known = MicroBatch(
+            batch,
+            Completions(**(made | more)),
+            jnp.full(mask.shape[0], "old_log_probs" not in more, jnp.float32),
+            batch["kl_coefficient"][0],
+        )
+        return mean(loss(Agent(model, None), known).loss)
 
     return loss_sums
 
@@ -139,12 +152,12 @@ def on_policy(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 def reinforce(world: World) -> LossFunction:
     """E_pi of REINFORCE with the KL in the reward, against a baseline of 0."""
-    config = policy_config(world, loss="reinforce", advantage="moving_baseline")
+    config = policy_config(world, loss="reinforce", advantage="moving_baseline", critic="none")
     expected = objective(config)
 
     def loss_sums(model: Transformer, batch: Batch) -> LossSums:
         log_probs, law = on_policy(model, batch)
-        made = policy_objective.advantages_of(
+        made = estimate_advantages(
             config,
             batch["reward"],
             log_probs,
@@ -154,7 +167,7 @@ def reinforce(world: World) -> LossFunction:
             batch["kl_coefficient"][0],
             jnp.float32(0.0),
         )
-        return expected(model, batch, law, {"advantages": made["advantages"]})
+        return expected(model, batch, law, {"advantages": made.advantages})
 
     return loss_sums
 
@@ -181,14 +194,14 @@ def ppo_refresh(world: World, every: int, *, lambda_: float = 0.95):
     reference = token_log_probs(world, world.reference)
     score = world.reward.ravel().astype(np.float32)
 
-    config = policy_config(world, advantage="gae", lambda_=lambda_)
+    config = policy_config(world, advantage="gae", lambda_=lambda_, whiten_advantages=False)
 
     @jax.jit
     def estimate(old, values):
-        made = policy_objective.advantages_of(
+        made = estimate_advantages(
             config, score, old, reference, flat_mask, values, world.beta, jnp.nan
         )
-        return made["advantages"]
+        return made.advantages
 
     def refresh(step: int, model: Transformer):
         if step % every:
@@ -216,11 +229,9 @@ def exact_values(world: World, policy: np.ndarray) -> np.ndarray:
 def group_of_two(world: World, **fields) -> LossFunction:
     """E over groups of two completions, all N^2 of them, of a group-relative loss.
 
-    `fields` are the trainer's: `advantage`, `scale_rewards`, `aggregation`, `placement` and
-    `estimator` of the KL.
+    `fields` are the trainer's: `advantage`, `scale_rewards`, `aggregation`, `kl`.
     """
-    config = policy_config(world, **fields)
-    config.sampling.samples = 2
+    config = policy_config(world, samples=2, critic="none", **fields)
     expected = objective(config)
     prompts, n = world.reward.shape
     first, second = np.indices((n, n)).reshape(2, -1)
@@ -230,7 +241,7 @@ def group_of_two(world: World, **fields) -> LossFunction:
     def loss_sums(model: Transformer, batch: Batch) -> LossSums:
         log_probs, law = on_policy(model, batch)
         mask = batch["target_mask"]
-        made = policy_objective.advantages_of(
+        made = estimate_advantages(
             config,
             batch["reward"][rows],
             log_probs[rows],
@@ -241,7 +252,7 @@ def group_of_two(world: World, **fields) -> LossFunction:
             jnp.float32(jnp.nan),
         )
         # Both places of a group have the same law: the mean over the first one's partner.
-        of_first = made["advantages"].reshape(prompts, n, n, 2, -1)[:, :, :, 0]
+        of_first = made.advantages.reshape(prompts, n, n, 2, -1)[:, :, :, 0]
         advantages = jnp.einsum("pijt,pj->pit", of_first, law.reshape(prompts, n))
         more = {"advantages": advantages.reshape(mask.shape)}
         return expected(model, batch, law, more)

@@ -221,7 +221,7 @@ def _group(advantage: str, **fields):
 
 
 def _in_the_loss(estimator: str, **fields):
-    return _group("grpo", placement="loss", estimator=estimator, **fields)
+    return _group("grpo", kl={"placement": "loss", "estimator": estimator}, **fields)
 
 
 def _ppo(every: int):

@@ -189,13 +189,13 @@ as all distances here).
 
 A Transformer starts from the reference and is trained by the project's own train step
 (`training.step`) on the trainers' own losses (`algorithms.preference.preference_loss`, and
-`advantages_of` and `make_loss` of `algorithms.policy_objective`): the code that trains SmolLM2.
-Batches are exact expectations: all pairs, equally often, with the probabilities of their
-Bradley-Terry labels, or all responses (or groups of them) with their probabilities. Three
+`estimate_advantages` and `make_objective` of `algorithms.policy_gradient.objective`): the code that
+trains SmolLM2. Batches are exact expectations: all pairs, equally often, with the probabilities of
+their Bradley-Terry labels, or all responses (or groups of them) with their probabilities. Three
 distances: `limit to policy` is KL(limit || trained policy), whether the method reaches its limit;
 `optimum to limit` is KL(pi* || limit), whether its limit is the optimum; `optimum to policy` is
-KL(pi* || trained policy). Limits without a formula are minimised apart from the training, by
-L-BFGS in float64 with one free logit per response.
+KL(pi* || trained policy). Limits without a formula are minimised apart from the training, by L-BFGS
+in float64 with one free logit per response.
 
 ![Reward against KL: the exact frontier and where each method lands](exact_frontier.png)
 

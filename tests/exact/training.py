@@ -126,7 +126,7 @@ class Run:
     learning_rate: float
     schedule: str = "cosine"
 
-    def optimizer_config(self):
+    def optimizer_config(self) -> Optimizer:
         return Optimizer(
             learning_rate=self.learning_rate,
             schedule=self.schedule,

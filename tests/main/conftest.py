@@ -33,7 +33,7 @@ def no_model(monkeypatch):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(offline, "fit", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(offline, "fit_offline", lambda *_, **__: pytest.fail("training began"))
     monkeypatch.setattr(
         preference, "reference_log_probs", lambda *_: pytest.fail("the reference was computed")
     )

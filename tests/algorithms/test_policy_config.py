@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.algorithms import policy_gradient, policy_trainer
-from align_jax.algorithms.policy_checks import check
-from align_jax.algorithms.policy_objective import critic_directory, new_agent
+from align_jax.algorithms import policy_gradient
+from align_jax.algorithms.policy_gradient import Config, iteration
+from align_jax.algorithms.policy_gradient.agent import critic_directory, new_agent
+from align_jax.data.dataset import Data
 from align_jax.distributed.mesh import make_mesh
 from align_jax.errors import DataError, RunError
+from align_jax.generation.rollout import Sampling
 from align_jax.models.heads import ScalarModel
 from align_jax.rewards.configured import make_reward
 from align_jax.rewards.model import RewardModel, RewardScale, save_reward_model
@@ -51,6 +53,20 @@ RLOO, GRPO, DPO = METHODS["rloo"], METHODS["grpo"], METHODS["online dpo"]
         ({"data.eval_source": "x.jsonl"}, ("data.eval_source", "evaluation.source")),
         ({"max_approx_kl": 0.1, "epochs": 2}, ("max_approx_kl", "epochs x", "minibatches = 2")),
         ({"max_approx_kl": 0.1, "epochs": 1, "minibatches": 1}, ("max_approx_kl", "= 1")),
+        ({"data.batch_size": 8}, ("data.batch_size is 8", "sampling.prompts")),
+        (GRPO | {"discount": 0.9}, ("discount", "advantage=grpo")),
+        (GRPO | {"whiten_advantages": False}, ("whiten_advantages=False", "advantage=grpo")),
+        (GRPO | {"value_coefficient": 0.2}, ("value_coefficient", "has no critic")),
+        ({"baseline_decay": 0.5}, ("baseline_decay", "advantage=moving_baseline")),
+        ({"kl.estimator": "k1"}, ("kl.estimator", "term of the loss")),
+        ({"kl.horizon": 10}, ("kl.horizon", "kl.target=0")),
+        ({"missing_eos_score": -2.0}, ("missing_eos_score", "missing_eos=ignore")),
+        ({"ptx.gamma": 1.0}, ("ptx.gamma", "ptx.source=''")),
+        ({"data.rows": 2}, ("data.rows", "ptx.source")),
+        ({"clip_range": 0.0}, ("clip_range is 0.0", "more than 0")),
+        ({"discount": 1.5}, ("discount is 1.5", "from 0 to 1")),
+        ({"kl.coefficient": -0.1}, ("kl.coefficient is -0.1", "at least 0")),
+        ({"entropy_coefficient": -0.1}, ("entropy_coefficient is -0.1", "at least 0")),
     ],
 )
 def test_fields_that_contradict_each_other_or_would_be_ignored_are_refused(
@@ -58,7 +74,7 @@ def test_fields_that_contradict_each_other_or_would_be_ignored_are_refused(
 ):
     settings = {"sampling.prompts": 8, "minibatches": 1}
     with pytest.raises(RunError) as caught:
-        check(tiny_config("ppo", settings | overrides))
+        tiny_config("ppo", settings | overrides)
     message = str(caught.value)
     assert message.startswith("config.") and all(part in message for part in named), message
 
@@ -72,10 +88,20 @@ def test_fields_that_contradict_each_other_or_would_be_ignored_are_refused(
         GRPO | {"scale_rewards": False, "clip_range_high": 0.28},
         DPO | {"kl.coefficient": 0.1},
         {"critic_init": "x", "sampling.truncate_token": ".", "sampling.truncate_after": 3},
+        RLOO | {"epochs": 1, "data.accumulation": 8, "ptx.source": "x", "ptx.batch_size": 16},
+        GRPO | {"loss": "dpo"},  # put on any recipe, it reads neither advantage nor placement
     ],
 )
 def test_what_goes_together_is_accepted(tiny_config, overrides):
-    check(tiny_config("ppo", {"sampling.prompts": 8, "minibatches": 1} | overrides))
+    tiny_config("ppo", {"sampling.prompts": 8, "minibatches": 1} | overrides)
+
+
+def test_micro_batches_need_not_divide_the_batch_size_that_is_not_read():
+    config = Config(
+        sampling=Sampling(prompts=12),
+        data=Data(accumulation=3),
+    )
+    assert config.micro_batch_prompts == 4
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +127,7 @@ def test_the_critic_may_start_from_the_directory_of_a_run_as_the_reward_may(
     tokens = jnp.arange(10, 20)[None]
     for path in (folder / "one", folder / "one/reward_model", folder / "ensemble/reward_model/1"):
         trainer, _ = new_trainer({"critic_init": str(path)})
-        agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.reward)
+        agent = new_agent(trainer.config, trainer.model, trainer.mesh, trainer.task.reward)
         np.testing.assert_allclose(
             agent.critic(tokens), 2.0 * model(tokens) + 0.5, rtol=1e-4, atol=1e-5
         )
@@ -118,7 +144,7 @@ def test_what_no_critic_starts_from_is_said_before_any_model_is_opened(
     tiny_config, tmp_path, monkeypatch, reward_runs, run, message
 ):
     folder, _ = reward_runs
-    monkeypatch.setattr(policy_gradient.pretrained, "open_model", pytest.fail)
+    monkeypatch.setattr(policy_gradient.pretrained, "load_pretrained", pytest.fail)
     config = tiny_config("ppo", {"critic_init": str(folder / run)})
     with pytest.raises(RunError, match=message):
         policy_gradient.run(config, Workdir(tmp_path / "run", config))
@@ -128,7 +154,7 @@ def test_a_model_without_a_scalar_head_is_no_critic_and_the_key_is_named(new_tra
     trainer, _ = new_trainer({"critic_init": "tiny"})
     assert str(critic_directory(trainer.config)) == "tiny"
     with pytest.raises(RunError, match="config.critic_init = tiny: tiny is not a reward model"):
-        new_agent(trainer.config, trainer.model, trainer.mesh, trainer.reward)
+        new_agent(trainer.config, trainer.model, trainer.mesh, trainer.task.reward)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -167,7 +193,7 @@ def test_with_adapters_the_critic_has_adapters_too_and_its_base_is_kept(
     adapted = pretrained.with_adapters(config, base, pretrained.open_mesh(config))
 
     def critic_of(trainer):
-        return new_agent(trainer.config, adapted, trainer.mesh, trainer.reward).critic
+        return new_agent(trainer.config, adapted, trainer.mesh, trainer.task.reward).critic
 
     # Its frozen weights are the critic's, too, and outlive every update.
     reward = RewardModel.load(start, mesh=pretrained.open_mesh(config))
@@ -188,7 +214,7 @@ def test_with_adapters_the_critic_has_adapters_too_and_its_base_is_kept(
     assert len(moments) == 2 * (2 * len(adapters) + len(head))
 
     again, _ = new_trainer(overrides | {"num_iterations": 2}, model=adapted, reward=reward)
-    assert again.fit()["episode"] == 16  # it goes on from there
+    assert again.fit()[1][-1]["episode"] == 16  # it goes on from there
     other = ScalarModel(other_model(base), key=jax.random.key(2))
     shutil.rmtree(start)
     save_reward_model(other, again.tokenizer, start, scale=RewardScale())
@@ -205,14 +231,14 @@ def test_a_run_that_goes_on_needs_room_for_one_checkpoint_alone(new_trainer, mon
     def counting(directory, state):
         needed.append(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)))
 
-    monkeypatch.setattr(policy_trainer, "require_space", counting)
+    monkeypatch.setattr(iteration, "require_space", counting)
     trainer.fit()
     free = types.SimpleNamespace(free=needed[0])
     monkeypatch.undo()
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: free)
     with pytest.raises(RunError, match="GiB free, and checkpoints need"):
         new_trainer({"num_iterations": 2}, name="elsewhere")[0].fit()
-    assert new_trainer({"num_iterations": 2})[0].fit()["episode"] == 16
+    assert new_trainer({"num_iterations": 2})[0].fit()[1][-1]["episode"] == 16
 
 
 def test_a_text_that_no_bucket_holds_ends_a_run_before_its_first_iteration(new_trainer):
