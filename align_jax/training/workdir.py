@@ -66,14 +66,14 @@ class Workdir:
         self.path = Path(path)
         self._root = _absolute(path if root is None else root)
         wanted = json.loads(json.dumps(config.to_dict(), default=plain_values))
-        hosts.on_first_host(lambda: self._open(wanted))
+        hosts.on_first_host(lambda: self._open(wanted, type(config)))
 
-    def _open(self, wanted: dict[str, Any]) -> None:
+    def _open(self, wanted: dict[str, Any], settings: type[Settings]) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"--workdir={self.path} is a file; give a directory.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._claim(wanted, type(config))
+            self._claim(wanted, settings)
         except OSError as error:
             raise RunError(f"--workdir={self.path} cannot be used: {error.strerror}.") from error
 

@@ -106,7 +106,8 @@ def test_signals_at_both_hosts_stop_them_and_one_process_goes_on(tmp_path):
 def test_a_signal_in_start_up_at_one_host_stops_both(tmp_path):
     workdir = tmp_path / "run"
     with two_hosts(*train(workdir), caches=tmp_path) as hosts:
-        while not (workdir / "config.json").exists():
+        deadline = time.monotonic() + 60
+        while not (workdir / "config.json").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         signal_second(hosts)
         for status, errors in ends_of(hosts, timeout=60):
