@@ -38,13 +38,13 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     from align_jax.errors import DataError, ModelError, RewardError, RunError
-    from align_jax.training.signals import Interrupted
+    from align_jax.training.signals import Interrupted, Stopped
 
     # Orbax logs with a traceback what it then raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         arguments.run(arguments, overrides)
-    except Interrupted as stop:
+    except (Interrupted, Stopped) as stop:
         print(f"align-jax: {stop}", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
@@ -151,17 +151,23 @@ a file that you have read or whose author you trust.""",
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from align_jax.algorithms import algorithm_of, settings_of
     from align_jax.config import load_config
+    from align_jax.distributed.hosts import telling_failures
     from align_jax.distributed.mesh import initialize_distributed
-    from align_jax.training.workdir import Workdir
+    from align_jax.training.signals import Interrupted, stopping_between_loops
+    from align_jax.training.workdir import Workdir, only_run_in
 
     config = settings_of(load_config(arguments.config, overrides))
-    initialize_distributed()
-    workdir = Workdir(arguments.workdir, config)
-    if workdir.finished() is not None:
-        print(f"{workdir.path} is finished already. Give another --workdir to run it again.")
-        return
-    summary = algorithm_of(config).run(config, workdir)
-    workdir.finish(summary)
+    with stopping_between_loops(), telling_failures(except_for=Interrupted):
+        initialize_distributed()
+        workdir = Workdir(arguments.workdir, config)
+        with only_run_in(workdir.path):
+            if workdir.finished() is not None:
+                print(
+                    f"{workdir.path} is finished already. Give another --workdir to run it again."
+                )
+                return
+            summary = algorithm_of(config).run(config, workdir)
+            workdir.finish(summary)
     if "eval" in summary:
         print(json.dumps(summary["eval"], indent=2))
     print(f"Finished: {workdir.path}")

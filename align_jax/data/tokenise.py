@@ -28,6 +28,8 @@ from align_jax.models.tokenizers import (
     swallow_pattern,
 )
 
+# Raised whenever the same record gives other tokens: what was computed from the old is not used.
+ENCODER_VERSION = 1
 OVERLONG = ("error", "truncate", "drop")
 SPECIAL_TOKENS = ("text", "allow")
 # Assistant turns that one record may have. Finding what to train on takes time that grows as their

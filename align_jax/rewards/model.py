@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 from align_jax.data.batching import build_batch
 from align_jax.data.records import parse_record
 from align_jax.data.tokenise import Example, encode_records
+from align_jax.distributed import hosts
 from align_jax.distributed.partitioning import replicated
 from align_jax.errors import ModelError, RewardError
-from align_jax.models.export import ClassificationHead, gathered, save_directory
+from align_jax.models.export import ClassificationHead, save_directory
 from align_jax.models.heads import ScalarModel, response_scores, without_unembedding
 from align_jax.models.loading import (
     SafetensorsFiles,
@@ -89,7 +90,7 @@ def save_reward_model(
     scale = dataclasses.replace(scale, bias=scale.gain * head_bias + scale.bias)
     transformer = without_unembedding(model.transformer)
     dtype = transformer.embedding[...].dtype
-    kernel = np.asarray(gathered(model.head.head_kernel[...])).astype(dtype)[None]
+    kernel = np.asarray(hosts.gathered(model.head.head_kernel[...])).astype(dtype)[None]
     head = ClassificationHead(
         tensors={"score.weight": kernel},
         config={"id2label": {"0": "reward"}, "label2id": {"reward": 0}},
