@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import brentq, minimize
 
-from tests.exact.language import (
+from align_jax.exact.language import (
     EOS,
     Array,
     World,
@@ -175,35 +175,58 @@ def grpo_utility(world: World, *, scale: bool) -> Callable[[Array], Array]:
 PairLoss = Callable[..., jax.Array]
 
 
-def pair_minimizer(world: World, pair_loss: PairLoss, flip_rate: float = 0.0) -> Array:
-    """The policy of least expected `pair_loss(log pi_i, log pi_j, log ref_i, log ref_j, |i|, |j|)`.
+def minimizer(expected: Callable[[jax.Array], jax.Array], start: Array) -> Array:
+    """Where L-BFGS in float64 ends on `expected(x) -> scalar`, from `start`.
 
-    L-BFGS in float64 over one logit per response, from the reference: a minimum, and the minimum
-    where the loss is convex in the logits.
+    That is a minimum; it is the minimum where `expected` is convex. A function without a minimum,
+    or one that becomes nan, is left after 20,000 iterations, or where the line search fails.
     """
-    shape = (*world.reward.shape, world.reward.shape[-1])
     with jax.enable_x64(True):
-        weights = jnp.asarray(label_weights(world, flip_rate))
-        reference = jnp.asarray(world.reference)
-        lengths = jnp.broadcast_to(jnp.asarray(world.language.lengths, float), shape[:2])
-
-        def both(x):
-            return jnp.broadcast_to(x[:, :, None], shape), jnp.broadcast_to(x[:, None, :], shape)
-
-        def expected(logits):
-            log_probs = jax.nn.log_softmax(logits.reshape(shape[:2]), -1)
-            values = pair_loss(*both(log_probs), *both(reference), *both(lengths))
-            return (weights * values).sum()
-
-        gradient = jax.jit(jax.value_and_grad(expected))
+        gradient = jax.jit(jax.value_and_grad(lambda x: expected(x.reshape(start.shape))))
         result = minimize(
             lambda x: tuple(np.asarray(v, np.float64) for v in gradient(jnp.asarray(x))),
-            world.reference.ravel(),
+            start.ravel(),
             jac=True,
             method="L-BFGS-B",
             options={"maxiter": 20000, "maxfun": 40000, "ftol": 1e-15, "gtol": 1e-10},
         )
-    return normalized(result.x.reshape(shape[:2]))
+    return result.x.reshape(start.shape)
+
+
+def of_pairs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The `[P N N]` values of the first and of the second response of all pairs, from `[P,N]`."""
+    shape = (*x.shape, x.shape[-1])
+    first, second = x[:, :, None], x[:, None, :]
+    return jnp.broadcast_to(first, shape).ravel(), jnp.broadcast_to(second, shape).ravel()
+
+
+def pair_minimizer(world: World, pair_loss: PairLoss, flip_rate: float = 0.0) -> Array:
+    """The policy of least expected `pair_loss(log pi_i, log pi_j, log ref_i, log ref_j, |i|, |j|)`.
+
+    The loss is called with `[B]` arrays of all pairs and returns `[B]`. One free logit per
+    response; L-BFGS starts at the reference.
+    """
+    lengths = np.broadcast_to(np.asarray(world.language.lengths, float), world.reward.shape)
+    weights = label_weights(world, flip_rate).ravel()
+
+    def expected(logits):
+        values = jax.nn.log_softmax(logits, -1), world.reference, lengths
+        return (weights * pair_loss(*(x for value in values for x in of_pairs(value)))).sum()
+
+    return normalized(minimizer(expected, world.reference))
+
+
+def reward_minimizer(world: World, reward_loss: PairLoss) -> Array:
+    """`[P,N]` free rewards of least expected `reward_loss(chosen [B], rejected [B]) -> [B]`.
+
+    L-BFGS starts at 0.
+    """
+    weights = label_weights(world).ravel()
+
+    def expected(rewards):
+        return (weights * reward_loss(*of_pairs(rewards))).sum()
+
+    return minimizer(expected, np.zeros_like(world.reward))
 
 
 def cyclic_preferences(world: World) -> tuple[Array, Array]:
