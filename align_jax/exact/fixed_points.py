@@ -1,4 +1,4 @@
-"""What each method converges to on infinite data: closed forms, and minimisers where there is none.
+"""The law each method converges to on infinite data, in closed form or by a minimiser.
 
 Comparisons are between all unordered pairs of different responses, equally often, and labelled by
 Bradley-Terry with the known reward. Policies are `[P,N]` log-probabilities, float64.
@@ -24,7 +24,7 @@ from align_jax.exact.language import (
 
 
 def label_weights(world: World, flip_rate: float = 0.0) -> Array:
-    """`[P,N,N]` how often i is chosen over j, of all comparisons of a prompt."""
+    """`[P,N,N]` share of a prompt's comparisons in which i is chosen over j."""
     wins = (1 - 2 * flip_rate) * bradley_terry(world.reward) + flip_rate
     n = wins.shape[-1]
     return wins * (1 - np.eye(n)) / (n * (n - 1) / 2)
@@ -48,9 +48,11 @@ def ipo(world: World) -> Array:
 
 
 def tilted_by_length(world: World, log_base: Array) -> Array:
-    """log pi(y) = log_base + |y| (r / beta + c): what a length-normalised log-ratio leaves free is
-    one constant per token, and c makes the sum 1. beta is on nats per token here, and is the
-    world's times `max_length`."""
+    """log pi(y) = log_base + |y| (r / beta + c), the limit of length-normalised losses.
+
+    Such a loss leaves one constant c per token free, and c makes the probabilities sum to 1. beta
+    is on nats per token here: the world's times `max_length`.
+    """
     lengths = world.language.lengths
     beta = world.beta * world.language.max_length
     return np.stack(
@@ -117,7 +119,7 @@ def kto(world: World) -> Array:
 
 
 def best_response(world: World) -> Array:
-    """All on the response of the largest reward."""
+    """Log-probabilities of the policy that always gives the response of the largest reward."""
     best = world.reward == world.reward.max(-1, keepdims=True)
     return np.where(best, 0.0, -np.inf)
 
@@ -125,7 +127,7 @@ def best_response(world: World) -> Array:
 def kl_in_loss(
     world: World, utility: Callable[[Array], Array], *, estimator: str, price: float
 ) -> Array:
-    """Where sampled policy gradients of `utility(pi)` plus price x k2 or k3 per token vanish.
+    """The policy at which sampled gradients of `utility(pi)` plus price x k2 or k3 per token vanish.
 
     The penalty's gradient stops at its own token, so a prefix pays nothing for where it leads:
     with Q(s, a) = E[utility | s, a], k2 gives pi(a|s) = ref(a|s) exp(Q / price) / Z(s), and k3,
@@ -164,7 +166,7 @@ def kl_in_loss(
 
 
 def grpo_utility(world: World, *, scale: bool) -> Callable[[Array], Array]:
-    """E over the other sample of a group of K = 2 of GRPO's advantage."""
+    """GRPO's advantage in a group of K = 2, its expectation over the other sample."""
     difference = world.reward[:, :, None] - world.reward[:, None, :]
     advantage = difference / 2
     if scale:
@@ -178,8 +180,8 @@ PairLoss = Callable[..., jax.Array]
 def minimizer(expected: Callable[[jax.Array], jax.Array], start: Array) -> Array:
     """Where L-BFGS in float64 ends on `expected(x) -> scalar`, from `start`.
 
-    That is a minimum; it is the minimum where `expected` is convex. A function without a minimum,
-    or one that becomes nan, is left after 20,000 iterations, or where the line search fails.
+    That is a minimum; it is the minimum where `expected` is convex. A function without a minimum is
+    left after 20,000 iterations; where one is nan, so is the result.
     """
     with jax.enable_x64(True):
         gradient = jax.jit(jax.value_and_grad(lambda x: expected(x.reshape(start.shape))))
@@ -190,7 +192,7 @@ def minimizer(expected: Callable[[jax.Array], jax.Array], start: Array) -> Array
             method="L-BFGS-B",
             options={"maxiter": 20000, "maxfun": 40000, "ftol": 1e-15, "gtol": 1e-10},
         )
-    return result.x.reshape(start.shape)
+    return np.where(np.isfinite(result.fun), result.x, np.nan).reshape(start.shape)
 
 
 def of_pairs(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -78,8 +78,8 @@ def descend(
     gradient: Callable[[jax.Array], jax.Array],
     start: Array,
     *,
-    steps: int = 3000,
-    learning_rate: float = 0.03,
+    steps: int = 2000,
+    learning_rate: float = 0.05,
 ) -> Array:
     """The table at which Adam on `gradient(logits)` ends, its rate decayed to 0 by a cosine.
 
