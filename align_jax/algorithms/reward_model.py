@@ -29,7 +29,6 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from align_jax.algorithms import Source, reward_normalization
@@ -47,6 +46,7 @@ from align_jax.data.dataset import records_of, tokenised
 from align_jax.data.loader import sample_with_replacement
 from align_jax.data.records import Record
 from align_jax.data.tokenise import Example
+from align_jax.distributed import hosts
 from align_jax.distributed.partitioning import replicated
 from align_jax.errors import RunError
 from align_jax.evaluation import evaluators
@@ -389,10 +389,10 @@ def train_and_save(
     whole reward model in `directory` or none.
     """
     folder = directory / DIRECTORY
-    if folder.exists():
+    if hosts.on_first_host(folder.exists):
         return
     partial = directory / f".{DIRECTORY}"
-    shutil.rmtree(partial, ignore_errors=True)
+    hosts.on_first_host(lambda: shutil.rmtree(partial, ignore_errors=True))
     for number, own in enumerate(_member_directories(config, directory)):
         own.mkdir(parents=True, exist_ok=True)
         member = train_member(
@@ -401,13 +401,14 @@ def train_and_save(
         target = partial / str(number) if config.ensemble > 1 else partial
         save_reward_model(member.model, tokenizer, target, scale=member.scale)
         del member
-    if jax.process_index() == 0:
+
+    def put_in_place() -> None:
         if config.ensemble > 1:
             members = [str(number) for number in range(config.ensemble)]
             write_json(partial / "reward.json", {"members": members})
         os.replace(partial, folder)
-    if jax.process_count() > 1:  # who has written nothing goes on to read it
-        multihost_utils.sync_global_devices(f"saved {folder}")
+
+    hosts.on_first_host(put_in_place)
 
 
 def _member_directories(config: Config, directory: Path) -> list[Path]:

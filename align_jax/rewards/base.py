@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from align_jax.distributed import hosts
 from align_jax.errors import DataError, ModelError, RewardError
 
 Records = Sequence[Mapping[str, Any]]
@@ -177,7 +178,8 @@ def _validated(
             f"{label} returned {values[index]}, which is no finite float32, for "
             + _describe(index, records, texts)
         )
-    return out
+    # A reward of Python code may say something else on every host: the first one's counts.
+    return hosts.broadcast_array(out)
 
 
 def _first_to_fail(
