@@ -22,7 +22,12 @@ from align_jax.algorithms import Source, preference
 from align_jax.data.builtin import review_openings
 from align_jax.data.samples import Sample, pairs_from_samples
 from align_jax.errors import RunError
-from align_jax.evaluation.policies import DISTINCT_SAMPLES, summarise, write_comparison
+from align_jax.evaluation.policies import (
+    DISTINCT_SAMPLES,
+    MAX_SAMPLES,
+    summarise,
+    write_comparison,
+)
 from align_jax.evaluation.report import format_summary
 from align_jax.generation.rollout import Sampling
 from align_jax.models.transformer import Transformer
@@ -48,6 +53,7 @@ class HeldOut(Settings, key="config.evaluation"):
         self.at_least(1, "prompts")
         self.at_least(4 * DISTINCT_SAMPLES, "base_samples")
         self.at_least(DISTINCT_SAMPLES, "trained_samples")
+        self.at_most(MAX_SAMPLES, "base_samples", "trained_samples")
 
 
 @dataclasses.dataclass(frozen=True)
