@@ -110,6 +110,20 @@ def test_text_in_micro_batches_is_the_whole_text(new_trainer):
     assert out[0]["loss/ptx_avg"] > 1
 
 
+def test_every_update_reads_the_next_text(new_trainer, monkeypatch):
+    settings = {"ptx.source": "builtin:tiny_sft", "ptx.batch_size": 4, "epochs": 2}
+    trainer, _ = new_trainer(METHODS["ppo"] | settings | {"num_iterations": 2})
+    read, original = [], trainer._text_batch
+
+    def recording(memory):
+        read.append(memory["next_text"])
+        return original(memory)
+
+    monkeypatch.setattr(trainer, "_text_batch", recording)
+    trainer.fit()
+    assert read == [4 * update for update in range(8)]
+
+
 def other_tokenizer():
     """Bytes as the tiny one has, under other ids, and some pairs of them as one token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

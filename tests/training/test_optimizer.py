@@ -128,3 +128,20 @@ def test_eps_damps_the_steps_of_small_gradients(eps):
     config = Optimizer(learning_rate=0.5, max_grad_norm=0.0, eps=eps)
     for name, update in first_update(config, 1e-3)[0].items():
         np.testing.assert_allclose(update, -0.5 * 1e-3 / (1e-3 + eps), rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.95), (0.5, 0.7), (0.0, 0.0)])
+def test_moments_decay_as_b1_and_b2_say(b1, b2):
+    """Two gradients of one value each, against Adam's equations."""
+    model = load_model("tiny")
+    config = Optimizer(learning_rate=0.5, max_grad_norm=0.0, b1=b1, b2=b2)
+    optimizer = make_optimizer(config, 10)
+    state = optimizer.init(model)
+    m = v = 0.0
+    for step, gradient in enumerate((1.0, -3.0), start=1):
+        gradients = jax.tree.map(lambda x: jnp.full_like(x, gradient), model)  # noqa: B023
+        updates, state = optimizer.update(gradients, state, model)
+        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        expected = -0.5 * (m / (1 - b1**step)) / math.sqrt(v / (1 - b2**step))
+    for name, update in flatten(updates).items():
+        np.testing.assert_allclose(update, expected, rtol=1e-5, err_msg=name)
