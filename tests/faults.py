@@ -6,8 +6,8 @@
     python tests/faults.py --trust WORD     does not run the tests without a fault first
 
 A fault is one replacement in one file. The tree is copied, the fault is written into the copy, and
-the tests named beside it run there until one fails. First they run without any fault, since only what
-passes then can be said to have seen one. pytest does not collect this file.
+the tests named beside it run there until one fails. First they run without any fault, since only
+what passes then can be said to have seen one. pytest does not collect this file.
 """
 
 import argparse

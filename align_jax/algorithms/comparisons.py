@@ -1,4 +1,4 @@
-"""Comparisons for a reward model: from records to examples with ranks and margins, and to pairs."""
+"""Comparisons: from records to examples with ranks and margins, to pairs, and what ties in them."""
 
 import dataclasses
 import itertools
