@@ -1,20 +1,25 @@
 """The command line: train, generate, evaluate, export. Also installed as `align-jax`.
 
-    python -m align_jax train --config=FILE[:arg] --workdir=DIR [--config.key=value]...
+    python -m align_jax train --config=FILE.py[:arg] --workdir=DIR [--config.key=value]...
     python -m align_jax generate --model=PATH_OR_WORKDIR --prompt=TEXT
     python -m align_jax evaluate --workdir=DIR [--data=SOURCE]
     python -m align_jax export --workdir=DIR --to=DIR
+
+A config file is Python code, and `train` runs it: start only what you would run yourself.
 
 Exit status: 0 done; 2 something the user can mend, said in one message; 130 or 143 interrupted.
 """
 
 import argparse
 import dataclasses
-import errno
 import json
 import logging
+import re
 import sys
 from typing import Any
+
+from align_jax.files import refusal
+from align_jax.text import one_line, printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,16 +29,22 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [item for item in rest if item not in overrides]
     if unknown or (overrides and arguments.command != "train"):
         wrong = (unknown or overrides)[0]
-        return _fail(f"unknown argument {wrong!r}; see `align-jax {arguments.command} --help`.")
+        hint = ""
+        if arguments.command == "train" and wrong.startswith("--"):
+            name = wrong.removeprefix("--").removeprefix("config.").partition("=")[0]
+            hint = f" Fields of the config are set by --config.KEY=VALUE: --config.{name}=..."
+        return _fail(
+            f"unknown argument {wrong!r}; see `align-jax {arguments.command} --help`.{hint}"
+        )
 
     from align_jax.errors import DataError, ModelError, RewardError, RunError
-    from align_jax.training.signals import Interrupted
+    from align_jax.training.signals import Interrupted, Stopped
 
     # Orbax logs with a traceback what it then raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         arguments.run(arguments, overrides)
-    except Interrupted as stop:
+    except (Interrupted, Stopped) as stop:
         print(f"align-jax: {stop}", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
@@ -43,16 +54,26 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _fail(f"the disk is full ({error}). Free some space, then start again.")
-        return _fail(str(error))
+        reason = refusal(error)
+        return _fail(f"{reason}, then start again ({error})." if reason else str(error))
+    except (MemoryError, RuntimeError) as error:
+        # Of jax's own errors this one only is the user's to mend.
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        return _fail(
+            f"the memory is too small for this ({one_line(str(error)) or 'MemoryError'}). Lower "
+            "the lengths, the batch size or the samples, or use more devices."
+        )
     except (RunError, DataError, ModelError, RewardError, ImportError) as error:
         return _fail(str(error))
     return 0
 
 
+_OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|[Oo]ut of memory")
+
+
 def _fail(message: str) -> int:
-    print(f"align-jax: error: {message}", file=sys.stderr)
+    print(f"align-jax: error: {printable(message)}", file=sys.stderr)
     return 2
 
 
@@ -62,14 +83,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    def command(name: str, run: Any, help: str, **described: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **described,
+        )
         sub.set_defaults(run=run)
         return sub
 
-    train = command("train", _train, "Run an experiment, or go on with one that was stopped.")
-    train.add_argument("--config", required=True, help="FILE[:arg], such as dpo.py:scale=small")
-    train.add_argument("--workdir", required=True, help="directory of the run")
+    train = command(
+        "train",
+        _train,
+        "Run an experiment, or go on with one that was stopped.",
+        usage="%(prog)s [-h] --config FILE.py[:arg] --workdir DIR [--config.KEY=VALUE ...]",
+        epilog="""\
+Any field of the config can be set, as often as needed, with --config.KEY=VALUE (with the "="):
+
+  align-jax train --config=experiments/dpo.py:scale=tiny --workdir=runs/dpo \\
+      --config.data.source=pairs.jsonl --config.optimizer.learning_rate=1e-6
+
+VALUE is a plain value and never run. The config file itself is Python code, and is run: start only
+a file that you have read or whose author you trust.""",
+    )
+    train.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:arg]",
+        help="Python file with get_config(arg), such as dpo.py:scale=small; its code is run",
+    )
+    train.add_argument("--workdir", required=True, metavar="DIR", help="directory of the run")
 
     generate = command("generate", _generate, "Sample from a model or a run.")
     generate.add_argument(
@@ -79,12 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--raw", action="store_true", help="continue the text as it is, without the chat template"
     )
+    generate.add_argument(
+        "--special_tokens",
+        choices=("text", "allow"),
+        default="text",
+        help="what special tokens in the prompt are read as: text, or the tokens (allow)",
+    )
     generate.add_argument("--max_new_tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     generate.add_argument("--top_k", type=int)
     generate.add_argument("--top_p", type=float)
     generate.add_argument("--samples", type=int, default=1)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0, help="0 to 4294967295")
 
     evaluate = command("evaluate", _evaluate, "Evaluate a run's model on held-out data.")
     evaluate.add_argument("--workdir", required=True)
@@ -99,17 +151,23 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from align_jax.algorithms import algorithm_of, settings_of
     from align_jax.config import load_config
+    from align_jax.distributed.hosts import telling_failures
     from align_jax.distributed.mesh import initialize_distributed
-    from align_jax.training.workdir import Workdir
+    from align_jax.training.signals import Interrupted, stopping_between_loops
+    from align_jax.training.workdir import Workdir, only_run_in
 
     config = settings_of(load_config(arguments.config, overrides))
-    initialize_distributed()
-    workdir = Workdir(arguments.workdir, config)
-    if workdir.finished() is not None:
-        print(f"{workdir.path} is finished already. Give another --workdir to run it again.")
-        return
-    summary = algorithm_of(config).run(config, workdir)
-    workdir.finish(summary)
+    with stopping_between_loops(), telling_failures(except_for=Interrupted):
+        initialize_distributed()
+        workdir = Workdir(arguments.workdir, config)
+        with only_run_in(workdir.path):
+            if workdir.finished() is not None:
+                print(
+                    f"{workdir.path} is finished already. Give another --workdir to run it again."
+                )
+                return
+            summary = algorithm_of(config).run(config, workdir)
+            workdir.finish(summary)
     if "eval" in summary:
         print(json.dumps(summary["eval"], indent=2))
     print(f"Finished: {workdir.path}")
@@ -122,31 +180,51 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
     from align_jax.data.tokenise import encode_record
     from align_jax.errors import RunError
     from align_jax.generation import generate
+    from align_jax.generation.sampler import check_options
+    from align_jax.models.tokenizers import check_vocabulary, decode_completions
+    from align_jax.settings import MAX_SEED
 
+    if not 0 <= arguments.seed <= MAX_SEED:
+        raise RunError(f"--seed is {arguments.seed}; expected 0 to {MAX_SEED}.")
+    options = {
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "samples_per_prompt": arguments.samples,
+        "max_new_tokens": arguments.max_new_tokens,
+    }
+    try:
+        check_options(**options)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    parse_record({"prompt": arguments.prompt}, kind="prompt", where="--prompt")
     model, tokenizer = _open(arguments.model)
+    check_vocabulary(tokenizer, model.config, arguments.model)
     prompt: Any = arguments.prompt
     if tokenizer.chat_template and not arguments.raw:
         prompt = [{"role": "user", "content": prompt}]
     record = parse_record({"prompt": prompt}, kind="prompt", where="--prompt")
     example = encode_record(
-        record, tokenizer, id=0, kind="prompt", max_length=model.config.context_length
+        record,
+        tokenizer,
+        id=0,
+        kind="prompt",
+        max_length=model.config.context_length,
+        special_tokens=arguments.special_tokens,
     )
     try:
         samples = generate(
             model,
             [example.prompt],
             key=jax.random.key(arguments.seed),
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
             stop_tokens=(tokenizer.eos_token_id,),
-            samples_per_prompt=arguments.samples,
+            **options,
         )
     except ValueError as error:
         raise RunError(str(error)) from error
-    for tokens, mask in zip(*jax.device_get(samples[:2])):
-        print(tokenizer.decode(tokens[mask > 0].tolist(), skip_special_tokens=True))
+    rows = [tokens[mask > 0].tolist() for tokens, mask in zip(*jax.device_get(samples[:2]))]
+    for text in decode_completions(tokenizer, rows, [example.prompt] * len(rows)):
+        print(printable(text))  # a model can write what a terminal obeys
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -155,7 +233,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     from align_jax.training.workdir import Workdir, read_config
 
     content = read_config(arguments.workdir)
-    if "algorithm" not in content:
+    if not isinstance(content.get("algorithm"), str):
         raise RunError(
             f"{arguments.workdir} is not the workdir of a run: its config.json is something else's."
         )

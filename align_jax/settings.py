@@ -29,6 +29,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from align_jax.errors import RunError
+from align_jax.text import brief
+
+# `jax.random.key` drops what is above 32 bits, so that two larger seeds could be one.
+MAX_SEED = 2**32 - 1
 
 # A reward, a comparer: a name, or a mapping with `kind`; `rewards.configured` checks it.
 Described = str | Mapping[str, Any]
@@ -67,11 +71,14 @@ class Settings:
           RunError: a name that is no field (the nearest is suggested), or a value refused.
         """
         if not isinstance(values, Mapping):
+            if not hasattr(values, "to_dict"):
+                raise RunError(f"{cls.key} is {_shown(values)}; expected a mapping.")
             values = values.to_dict()
         names = list(_annotations(cls))
         for name in values:
             if name not in names:
-                raise RunError(f"{cls.key} has no field {name!r}.{nearest(str(name), names)}")
+                hint = nearest(name, names) if isinstance(name, str) else ""
+                raise RunError(f"{cls.key} has no field {_shown(name)}.{hint}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +134,7 @@ class Settings:
             value = self._field(name)
             if value not in choices:
                 listed = ", ".join(map(str, choices))
-                raise RunError(f"{self.key}.{name} is {value!r}; expected one of {listed}.")
+                raise RunError(f"{self.key}.{name} is {_shown(value)}; expected one of {listed}.")
 
     def at_default(self, reason: str, *names: str) -> None:
         """Raises `RunError` for a field that is set although `reason` makes nothing read it."""
@@ -139,7 +146,8 @@ class Settings:
             value, default = getattr(owner, last), _defaults(type(owner))[last]
             if value != default:
                 raise RunError(
-                    f"{self.key}.{name} is {value!r}, but {reason}: leave it at {default!r}."
+                    f"{self.key}.{name} is {_shown(value)}, but {reason}: leave it at "
+                    f"{_shown(default)}."
                 )
 
     def _compare(self, holds: Callable[[Any], bool], expected: str, names: Iterable[str]) -> None:
@@ -194,7 +202,7 @@ def _checked(value: Any, annotation: Any, key: str) -> Any:
         if found:
             return converted
     expected = " or ".join(_name_of(option) for option in options)
-    raise RunError(f"{key} is {value!r}; expected {expected}.")
+    raise RunError(f"{key} is {_shown(value)}; expected {expected}.")
 
 
 def _converted(value: Any, option: Any, key: str) -> tuple[bool, Any]:
@@ -206,12 +214,18 @@ def _converted(value: Any, option: Any, key: str) -> tuple[bool, Any]:
         return isinstance(value, bool), value
     if option is int:
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if whole and not -(2**63) <= value < 2**63:
+            raise RunError(f"{key} is {_shown(int(value))}; expected a number of 64 bits at most.")
         return whole, int(value) if whole else None
     if option is float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             return False, None
-        if not math.isfinite(value):
-            raise RunError(f"{key} is {value}; expected a finite number.")
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:  # a whole number beyond every float
+            finite = False
+        if not finite:
+            raise RunError(f"{key} is {_shown(value)}; expected a finite number.")
         return True, float(value)
     if option is str:
         return isinstance(value, str), value
@@ -228,6 +242,10 @@ def _converted(value: Any, option: Any, key: str) -> tuple[bool, Any]:
     if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
         return mapping, _plain(value) if mapping else None
     raise TypeError(f"{key}: settings cannot have the annotation {option!r}.")
+
+
+def _shown(value: Any) -> str:
+    return brief(value, 200)
 
 
 def _name_of(option: Any) -> str:

@@ -30,7 +30,7 @@ def unflatten(tree: Any, leaves: dict[str, Any]) -> Any:
 
 
 def fingerprint(tree: Any) -> str:
-    """A digest of every array's name and exact value, the same on any mesh; float arrays only."""
+    """A digest of every array's name and exact value, the same on any mesh."""
     digest = hashlib.sha256()
     for name, value in sorted(flatten(_bit_sums(tree)).items()):
         digest.update(f"{name} {np.asarray(value).tolist()}".encode())
@@ -42,7 +42,9 @@ def _bit_sums(tree: Any) -> Any:
     """Two 32-bit sums of every array's bits, weighted by place; exact on any sharding."""
 
     def sums(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        integer = jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_
+        words = x.astype(jnp.uint32 if integer else jnp.float32)
+        bits = jax.lax.bitcast_convert_type(words, jnp.uint32)
         place = jnp.zeros(x.shape, jnp.uint32)
         for axis, size in enumerate(x.shape):
             place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

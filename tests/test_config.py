@@ -77,8 +77,10 @@ def test_loading_warns_of_nothing(recwarn):
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_an_error_inside_get_config_keeps_its_traceback(tmp_path):
+def test_an_error_inside_get_config_names_its_line_and_keeps_its_traceback(tmp_path):
     file = tmp_path / "broken.py"
     file.write_text("def get_config(arg):\n    return arg.nothing\n")
-    with pytest.raises(AttributeError, match="nothing"):
+    message = "broken.py, line 2: .* AttributeError: 'str' object has no attribute 'nothing'"
+    with pytest.raises(RunError, match=message) as caught:
         load_config(f"{file}:x")
+    assert isinstance(caught.value.__cause__, AttributeError)

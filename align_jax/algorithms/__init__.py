@@ -18,6 +18,7 @@ from typing import Any
 from align_jax.data.dataset import Data, load_source
 from align_jax.errors import DataError, RewardError, RunError
 from align_jax.settings import Settings
+from align_jax.text import brief
 
 # What a run reads: a source, the kind of its records, and the `data` settings it is read by.
 Source = tuple[str, str, Data]
@@ -51,8 +52,8 @@ def algorithm_of(config: Any, *, key: str = "config") -> ModuleType:
     """The module that runs a config, settings or mapping; `RunError` if it names none."""
     mapping = isinstance(config, Mapping)
     name = config.get("algorithm") if mapping else getattr(config, "algorithm", None)
-    if name not in ALGORITHMS:
-        raise RunError(f"{key}.algorithm is {name!r}; expected one of {list(ALGORITHMS)}.")
+    if not isinstance(name, str) or name not in ALGORITHMS:
+        raise RunError(f"{key}.algorithm is {brief(name)}; expected one of {list(ALGORITHMS)}.")
     return importlib.import_module(ALGORITHMS[name])
 
 

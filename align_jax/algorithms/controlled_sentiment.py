@@ -22,14 +22,11 @@ from align_jax.algorithms import Source, preference
 from align_jax.data.builtin import review_openings
 from align_jax.data.samples import Sample, pairs_from_samples
 from align_jax.errors import RunError
-from align_jax.evaluation.policies import (
-    DISTINCT_SAMPLES,
-    MAX_SAMPLES,
-    summarise,
-    write_comparison,
-)
+from align_jax.evaluation.policies import DISTINCT_SAMPLES, summarise, write_comparison
 from align_jax.evaluation.report import format_summary
 from align_jax.generation.rollout import Sampling
+from align_jax.generation.sampler import MAX_SAMPLES
+from align_jax.models.tokenizers import encode_texts
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.rules import RULES, of_completions
 from align_jax.settings import Settings
@@ -105,7 +102,7 @@ def run(config: Config, workdir: Workdir) -> dict[str, Any]:
             mesh,
             tokenizer,
             [{"prompt": text} for text in openings],
-            [tokenizer(text, add_special_tokens=False).input_ids for text in openings],
+            encode_texts(tokenizer, openings, behind_text=False),
             count=count,
             sampling=s,
             reward=of_completions(RULES[config.reward]),

@@ -398,7 +398,9 @@ def train(
     base = None if donate else pretrained.as_base(config, model)
     folder = Workdir.of(workdir, config)
     directory = folder and folder.path
-    model, mesh = pretrained.as_configured(config, model, mesh, donate=donate)
+    model, mesh = pretrained.as_configured(
+        config, model, tokenizer, mesh, donate=donate, directory=directory
+    )
     num_steps = count_steps(config, directory, model, len(examples))
     check_training_lengths(config, examples, num_steps)
     if reference is None:
@@ -467,12 +469,12 @@ def evaluate(config: Config, workdir: Workdir) -> dict[str, Any]:
     held_out = _held_out(config.data.eval_source, tokenizer, loss, config)
     measured = evaluators.load_held_out(config, tokenizer, kind=_kind(loss))
     mesh, base = pretrained.open_mesh(config), None
+    model = pretrained.restored_model(config, workdir.path, mesh)
     if loss.needs_reference or measured:
         base = pretrained.load_pretrained(config, config.model, mesh)
     reference = _reference(loss, base, mesh, held_out, config.data)
     if not measured:
         base = None
-    model = pretrained.restored_model(config, workdir.path, mesh)
     start = {} if loss.running is None else loss.running.start()
     running = pretrained.restored_running(start, workdir.path, mesh)
     context = evaluators.Context(

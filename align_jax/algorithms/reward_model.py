@@ -68,8 +68,6 @@ from align_jax.training.workdir import Result, Workdir
 
 _DETAILS = ("reliability", "by_difference", "by_strength", "rewards")
 
-MAX_ENSEMBLE = 100  # members: all are in memory together when they score
-
 SCORED_TOGETHER = 256  # held-out records, between two marks of the progress bar
 
 
@@ -93,7 +91,7 @@ class Config(OfflineConfig):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(1, "ensemble")
-        self.at_most(MAX_ENSEMBLE, "ensemble")
+        self.at_most(1000, "ensemble")
         self.at_least(0, "held_out")
         self.one_of(LOSSES, "loss")
         self._check_fields_of_losses()
@@ -352,7 +350,9 @@ def train_member(
         description = f"{config.loss} {number + 1}/{config.ensemble}"
     donate = donate and number == config.ensemble - 1
     start = without_unembedding(model)
-    transformer, mesh = pretrained.as_configured(config, start, mesh, donate=donate)
+    transformer, mesh = pretrained.as_configured(
+        config, start, tokenizer, mesh, donate=donate, directory=directory
+    )
     trained, metrics, _ = train_offline(
         config,
         directory,

@@ -133,7 +133,13 @@ def _sample(
     tokenizer = pretrained.load_pretrained_tokenizer(normalization.policy)
     policy = pretrained.load_pretrained(config, normalization.policy, mesh)
     room = policy.config.context_length - normalization.max_new_tokens
-    examples = encode_records(records, tokenizer, kind="prompt", max_length=room)
+    examples = encode_records(
+        records,
+        tokenizer,
+        kind="prompt",
+        max_length=room,
+        special_tokens=data.special_tokens,
+    )
     sampling = Sampling(max_new_tokens=normalization.max_new_tokens)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1), len(examples))
     texts: list[str] = []

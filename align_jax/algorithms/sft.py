@@ -83,8 +83,10 @@ def train(
         raise RunError("config.evaluators compare with the base model: donate=False keeps it.")
     base = None if donate else pretrained.as_base(config, model)
     folder = Workdir.of(workdir, config)
-    model, mesh = pretrained.as_configured(config, model, mesh, donate=donate)
     directory = folder and folder.path
+    model, mesh = pretrained.as_configured(
+        config, model, tokenizer, mesh, donate=donate, directory=directory
+    )
     model, metrics, _ = train_offline(
         config, directory, model, mesh, examples, loss_sums, description="SFT"
     )

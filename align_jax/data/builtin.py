@@ -14,6 +14,7 @@ from typing import Any
 
 from align_jax.data.loader import permutation
 from align_jax.errors import DataError
+from align_jax.text import brief
 
 _SLOTS = {
     "genre": ("western", "musical", "drama", "mystery", "biopic", "remake", "sequel", "cartoon"),
@@ -53,7 +54,7 @@ def review_openings(split: str, count: int, seed: int = 0) -> list[str]:
     Raises DataError for another split, or a count that the grammar cannot give.
     """
     if split not in TEMPLATES:
-        raise DataError(f"review_openings has no split {split!r}: expected train or held_out")
+        raise DataError(f"review_openings has no split {brief(split)}: expected train or held_out")
     columns = []
     for number, template in enumerate(TEMPLATES[split]):
         openings = _fill(template)
@@ -83,9 +84,9 @@ def load_builtin(name: str, split: str | None = None) -> list[dict[str, Any]]:
     if name == "arithmetic":
         return arithmetic(split or "train")
     if name not in _TINY:
-        raise DataError(f"no built-in data set {name!r}: expected one of {', '.join(NAMES)}")
+        raise DataError(f"no built-in data set {brief(name)}: expected one of {', '.join(NAMES)}")
     if split not in (None, "train"):
-        raise DataError(f"builtin:{name} has no split {split!r}: expected train")
+        raise DataError(f"builtin:{name} has no split {brief(split)}: expected train")
     return [_TINY[name](int(number)) for number in permutation(128, 0)]
 
 
@@ -96,7 +97,7 @@ def arithmetic(split: str) -> list[dict[str, Any]]:
     trained one in the other order. Raises DataError for another split.
     """
     if split not in ("train", "held_out"):
-        raise DataError(f"arithmetic has no split {split!r}: expected train or held_out")
+        raise DataError(f"arithmetic has no split {brief(split)}: expected train or held_out")
     pairs = list(itertools.combinations_with_replacement(range(1, 23), 2))
     mixed = [pairs[i] for i in permutation(len(pairs), 0)]
     # Every other one with the larger number first.

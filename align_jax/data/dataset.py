@@ -8,7 +8,7 @@ from typing import Any
 from align_jax.data.records import Record, parse_record
 from align_jax.data.samples import PREFIX, examples_of_samples
 from align_jax.data.sources import INVALID, load_as_configured
-from align_jax.data.tokenise import OVERLONG, Example, encode_records
+from align_jax.data.tokenise import OVERLONG, SPECIAL_TOKENS, Example, encode_records
 from align_jax.errors import RunError
 from align_jax.progress import progress
 from align_jax.settings import Settings
@@ -27,6 +27,7 @@ class Data(Settings, key="config.data"):
     max_prompt_length: int = 0  # 0: what the longest response leaves of max_length
     min_prompt_length: int = 16  # a response that leaves its prompt less is too long
     overlong: str = "error"  # "error" | "truncate" | "drop": what a too long response does
+    special_tokens: str = "text"  # "text" | "allow": how records' text of special tokens is read
     batch_size: int = 16
     accumulation: int = 1  # micro-batches a batch is split into
     rows: int = 0  # rows a micro-batch is packed into; 0: one example a row
@@ -40,13 +41,14 @@ class Data(Settings, key="config.data"):
         self.at_least(2, "max_length")
         self.one_of(INVALID, "invalid")
         self.one_of(OVERLONG, "overlong")
+        self.one_of(SPECIAL_TOKENS, "special_tokens")
         # From Python the samples may be named in the call.
         named = [one for one in (self.source, self.eval_source) if one]
         if named and not any(one.startswith(PREFIX) for one in named):
             self.at_default(f"config.data.source is no {PREFIX}PATH", "score")
         for name in ("length_buckets", "target_buckets"):
-            if not all(bucket > 0 for bucket in getattr(self, name)):
-                raise RunError(f"config.data.{name} has a bucket that is not above 0.")
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise RunError(f"config.data.{name} is empty or has a bucket that is not above 0.")
 
     @property
     def micro_batch_size(self) -> int:
@@ -129,6 +131,7 @@ def tokenised(data: Data, records: Sequence[Record], tokenizer: Any, *, kind: st
             max_prompt_length=data.max_prompt_length or None,
             min_prompt_length=data.min_prompt_length,
             overlong=data.overlong,
+            special_tokens=data.special_tokens,
             progress=bar.update,
         )
 
@@ -160,5 +163,6 @@ def prompts_of(
         kind="prompt",
         max_length=data.max_length,
         max_prompt_length=min(data.max_prompt_length or room, room),
+        special_tokens=data.special_tokens,
     )
     return parsed, examples

@@ -96,6 +96,8 @@ class Loader:
         A thread makes up to `prefetch` (at least 1) batches ahead. An error in it is raised here,
         with its own traceback; closing the iterator, or dropping it, ends the thread.
         """
+        if prefetch < 1:
+            raise DataError(f"prefetch is {prefetch}; expected at least 1")
         ready: queue.SimpleQueue = queue.SimpleQueue()
         slots = threading.Semaphore(prefetch)
         stopped = threading.Event()

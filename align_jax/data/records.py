@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
-import reprlib
 from typing import Any
 
 from align_jax.errors import DataError
+from align_jax.text import brief
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 HUMAN = "\n\nHuman:"
@@ -58,6 +58,9 @@ _ROLE_SYNONYMS = {
     "function": "tool",
 }
 
+# What to do about records that are well formed and teach nothing.
+_LEAVE_OUT = "remove the record, or set config.data.invalid=drop, which leaves such records out"
+
 Record = dict[str, Any]
 Messages = list[dict[str, str]]
 
@@ -80,6 +83,9 @@ def parse_record(raw: Any, *, kind: str, where: str) -> Record:
         raise DataError(f"unknown kind of record {kind!r}: expected one of {', '.join(KINDS)}")
     if not isinstance(raw, dict):
         raise DataError(f"{where}: found {_show(raw)}, expected an object with named fields")
+    for name in raw:
+        if not isinstance(name, str):
+            raise DataError(f"{where}: found {_show(name)} as a field's name, expected a string")
     # Columnar files write a field that is absent in one row as null.
     fields = {name: value for name, value in raw.items() if value is not None}
     form = _find_form(fields, kind, where)
@@ -105,9 +111,7 @@ def split_dialogue(text: str, field: str, where: str) -> tuple[str, str]:
 
 
 def _show(value: Any) -> str:
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 60
-    return f"{type(value).__name__} {short.repr(value)}"
+    return f"{type(value).__name__} {brief(value)}"
 
 
 def _wrong(where: str, field: str, found: Any, expected: str) -> DataError:
@@ -127,7 +131,9 @@ def _find_form(fields: Record, kind: str, where: str) -> tuple[str, ...]:
     begun = any(name in fields for name in nearest)
     missing = [name for name in nearest if name not in fields]
     wanted = missing if begun or len(forms) == 1 else [name for form in forms for name in form]
-    hints = [f"did you mean '{wrong}' as '{name}'?" for wrong, name in _near(fields, wanted, 0.6)]
+    hints = [
+        f"did you mean {brief(wrong)} as '{name}'?" for wrong, name in _near(fields, wanted, 0.6)
+    ]
     if not hints:
         hints = [
             f"it looks like a record of kind '{other}'"
@@ -150,7 +156,7 @@ def _reject_misspelt(fields: Record, kind: str, form: tuple[str, ...], where: st
     known = {*form, *OPTIONAL.get(kind, ())}
     unknown = [name for name in fields if name not in known]
     for wrong, name in _near(unknown, absent, 0.85, synonyms=False):
-        raise DataError(f"{where}: unknown field '{wrong}'; did you mean '{name}'?")
+        raise DataError(f"{where}: unknown field {brief(wrong)}; did you mean '{name}'?")
 
 
 def _near(
@@ -165,14 +171,22 @@ def _near(
 
 
 def _names(fields: Record) -> str:
-    names = [f"'{name}'" for name in fields]
+    names = [brief(name) for name in fields]
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return shown or "no fields"
 
 
-def _text(value: Any, field: str, where: str) -> str:
+def _text(value: Any, field: str, where: str, *, expected: str = "a string") -> str:
     if not isinstance(value, str):
-        raise _wrong(where, field, value, "a string")
+        raise _wrong(where, field, value, expected)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: field '{field}': character {error.start + 1} is "
+            f"{ascii(value[error.start])[1:-1]}, half of a surrogate pair, which no tokenizer "
+            "reads; expected Unicode text: write the whole character, or leave it out"
+        ) from error
     return value
 
 
@@ -194,8 +208,9 @@ def _messages(value: Any, field: str, where: str) -> Messages:
                 )
         role = message["role"]
         if role not in ROLES:
-            near = _ROLE_SYNONYMS.get(str(role).lower()) or next(
-                iter(difflib.get_close_matches(str(role).lower(), ROLES, n=1)), None
+            called = role.lower() if isinstance(role, str) else ""
+            near = _ROLE_SYNONYMS.get(called) or next(
+                iter(difflib.get_close_matches(called, ROLES, n=1)), None
             )
             hint = f"; did you mean '{near}'?" if near else ""
             raise _wrong(where, f"{at}.role", role, "one of " + ", ".join(ROLES) + hint)
@@ -210,11 +225,9 @@ def _messages(value: Any, field: str, where: str) -> Messages:
 
 
 def _text_or_messages(value: Any, field: str, where: str) -> str | Messages:
-    if isinstance(value, str):
-        return value
     if isinstance(value, list):
         return _messages(value, field, where)
-    raise _wrong(where, field, value, "a string or a list of {role, content} messages")
+    return _text(value, field, where, expected="a string or a list of {role, content} messages")
 
 
 def _prompt(value: Any, where: str) -> str | Messages:
@@ -305,13 +318,17 @@ def _parse_preference(fields: Record, where: str) -> Record:
                 )
         record = _split_pair((chosen[:-1], chosen[-1:]), (rejected[:-1], rejected[-1:]), where)
         _prompt(record["prompt"], where)
+    if record["chosen"] == record["rejected"]:
+        raise DataError(
+            f"{where}: fields 'chosen' and 'rejected' are the same, {brief(record['chosen'])}, so "
+            f"neither is preferred; {_LEAVE_OUT}"
+        )
     if "margin" in fields:
         record["margin"] = _number(fields["margin"], "margin", where)
     if "strength" in fields:
         strength = fields["strength"]
-        record["strength"] = (
-            strength if isinstance(strength, str) else _number(strength, "strength", where)
-        )
+        read = _text if isinstance(strength, str) else _number
+        record["strength"] = read(strength, "strength", where)
     return record
 
 
@@ -331,9 +348,12 @@ def _split_pair(chosen: tuple, rejected: tuple, where: str) -> Record:
 
 
 def _number(value: Any, field: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _wrong(where, field, value, "a finite number")
-    return float(value)
+    try:
+        if isinstance(value, int | float) and type(value) is not bool and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number beyond every float
+        pass
+    raise _wrong(where, field, value, "a finite number")
 
 
 def _parse_ranked(fields: Record, where: str) -> Record:
@@ -352,10 +372,17 @@ def _parse_ranked(fields: Record, where: str) -> Record:
         ranks = [int(place != best) for place in range(len(completions))]
         return {"prompt": prompt, "completions": completions, "ranks": ranks}
     ranks = fields["ranks"]
-    if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
-        raise _wrong(where, "ranks", ranks, "a list of integers, 0 for the best")
+    if not isinstance(ranks, list) or not all(
+        type(rank) is int and 0 <= rank < 2**31 for rank in ranks
+    ):
+        raise _wrong(where, "ranks", ranks, "a list of integers from 0, which is the best")
     if len(ranks) != len(completions):
         raise _wrong(where, "ranks", ranks, f"{len(completions)} ranks, one for each completion")
+    if len(set(ranks)) == 1:
+        raise DataError(
+            f"{where}: field 'ranks': they are all the same, {brief(ranks)}, so no completion is "
+            f"better than another; {_LEAVE_OUT}"
+        )
     return {"prompt": prompt, "completions": completions, "ranks": list(ranks)}
 
 
@@ -376,10 +403,9 @@ def _parse_prompt(fields: Record, where: str) -> Record:
         answer = fields["answer"]
         if not isinstance(answer, str | int | float) or isinstance(answer, bool):
             raise _wrong(where, "answer", answer, "a string or a number")
-        # As it is: a whole number stays one, and 0.1 is not rounded.
-        record["answer"] = (
-            answer if isinstance(answer, str | int) else _number(answer, "answer", where)
-        )
+        read = _text if isinstance(answer, str) else _number
+        read(answer, "answer", where)
+        record["answer"] = answer  # as it is: a whole number stays one, and 0.1 is not rounded
     if "safety" in fields:
         if not isinstance(fields["safety"], bool):
             raise _wrong(where, "safety", fields["safety"], "true or false")

@@ -27,9 +27,14 @@ from typing import Any, NamedTuple
 from align_jax.data import builtin
 from align_jax.data.records import OPTIONAL, REQUIRED, ROLES, Record, parse_record
 from align_jax.errors import DataError
+from align_jax.files import irregular, parse_json, parse_json_at
+from align_jax.text import brief
 
 FILE_TYPES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 INVALID = ("error", "drop")
+# A compressed file may expand to this many bytes, or to this many times its size if that is more.
+# Text rarely reaches 30 times; what exceeds 100 is made to fill the memory.
+_EXPANDED_BYTES, _EXPANDED_TIMES = 2**26, 100
 _FIELDS = re.compile(r":(\w+=[^,=:#/]+(?:,\w+=[^,=:#/]+)*)$")
 _log = logging.getLogger(__name__)
 
@@ -54,6 +59,8 @@ def load_records(
     if invalid not in INVALID:
         raise DataError(f"data.invalid is {invalid!r}; expected one of {', '.join(INVALID)}")
     source, fields = _split_fields(os.fspath(source), kind)
+    if not source:
+        raise DataError("no source of records is named; expected a path, hf:, tfds: or builtin:")
     scheme, colon, rest = source.partition(":")
     if colon and scheme in _SCHEMES:
         rows = _SCHEMES[scheme](rest)
@@ -146,7 +153,7 @@ def _rename(raw: Any, fields: dict[str, _Field], where: str) -> Any:
 def read_file(path: str) -> Rows:
     """("FILE:LINE", value) of each record of a JSON file, not validated; DataError as above."""
     if not os.path.isfile(path):
-        raise DataError(_explain_missing(path))
+        raise DataError(_explain_no_file(path))
     if not path.endswith(FILE_TYPES):
         raise DataError(
             f"{path}: unknown type of file; expected a name that ends in {', '.join(FILE_TYPES)} "
@@ -163,18 +170,25 @@ def read_file(path: str) -> Rows:
     for number, line in _read_lines(path):
         if line.strip():
             try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+                record = parse_json(line)
+            except ValueError as error:
                 raise _broken(path, number, error) from error
+            if isinstance(record, list):
+                raise DataError(
+                    f"{path}:{number}: found {brief(record)}, a list, expected an object with "
+                    "named fields; a file that is one array of records must be named .json"
+                )
             yield f"{path}:{number}", record
 
 
 def _read_lines(path: str) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        opener = gzip.open if path.endswith(".gz") else open
+        is_compressed = path.endswith(".gz")
+        opener = gzip.open if is_compressed else open
         with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            lines = _bounded(file, path) if is_compressed else file
+            for number, line in enumerate(lines, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 yield number, line.decode("utf-8")
@@ -193,9 +207,24 @@ def _read_lines(path: str) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _broken(path: str, line: int, error: Exception) -> DataError:
-    if isinstance(error, RecursionError):
-        return DataError(f"{path}:{line}: JSON nested too deeply")
+def _bounded(file: gzip.GzipFile, path: str) -> Iterator[bytes]:
+    """The lines of a compressed file, up to a size that no honest text has."""
+    size = os.path.getsize(path)
+    left = limit = max(_EXPANDED_BYTES, _EXPANDED_TIMES * size)
+    while line := file.readline(left + 1):
+        left -= len(line)
+        if left < 0:
+            raise DataError(
+                f"{path}: its {size:,} bytes expand to more than {limit:,}, over "
+                f"{limit // max(size, 1)} times its size, as a file does that is made to fill the "
+                "memory; if it is meant, unpack it with gunzip and name the file that comes out"
+            )
+        yield line
+
+
+def _broken(path: str, line: int, error: ValueError) -> DataError:
+    if not isinstance(error, json.JSONDecodeError):
+        return DataError(f"{path}:{line}: broken JSON: {error}")
     near = error.doc[max(0, error.pos - 20) : error.pos + 20]
     return DataError(
         f"{path}:{line}: broken JSON: {error.msg} at column {error.colno}, near {near!r}"
@@ -204,35 +233,54 @@ def _broken(path: str, line: int, error: Exception) -> DataError:
 
 def _parse_array(path: str, text: str) -> Rows:
     """The elements of a JSON array, each with the line it begins on."""
+    gap = re.compile(r"\s*")
+    line, begin = 1, 0
+
+    def skip(end: int) -> str:
+        """Moves to what follows `end` and white space, and returns that character."""
+        nonlocal line, begin
+        after = gap.match(text, end).end()
+        line += text.count("\n", begin, after)
+        begin = after
+        return text[after : after + 1]
+
     try:
-        array = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise _broken(path, getattr(error, "lineno", 1), error) from error
-    if not isinstance(array, list):
-        raise DataError(f"{path}: found {type(array).__name__}, expected an array of records")
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    line, end = 1, 0
-    begin = text.index("[") + 1
-    for _ in array:
-        begin = gap.match(text, begin).end()
-        line += text.count("\n", end, begin)
-        record, end = decoder.raw_decode(text, begin)
-        yield f"{path}:{line}", record
-        line += text.count("\n", begin, end)
-        begin = end
+        if skip(0) != "[":
+            found, _ = parse_json_at(text, begin)
+            raise DataError(f"{path}: found {type(found).__name__}, expected an array of records")
+        if skip(begin + 1) == "]":
+            return
+        while True:
+            record, end = parse_json_at(text, begin)
+            yield f"{path}:{line}", record
+            after = skip(end)
+            if after == "]":
+                break
+            if after != ",":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, begin)
+            skip(begin + 1)
+        if skip(begin + 1):
+            raise json.JSONDecodeError("Extra data", text, begin)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise _broken(path, getattr(error, "lineno", line), error) from error
 
 
-def _explain_missing(path: str) -> str:
+def _explain_no_file(path: str) -> str:
+    """Why there is nothing to be read at a path, and what is near it."""
     if os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if name.endswith(FILE_TYPES))
+        names = [name for name in _listed(path) if name.endswith(FILE_TYPES)]
         holds = f"it holds {', '.join(names[:8])}" if names else "it holds no JSON files"
         return f"{path}: is a directory, expected a file: {holds}; for `datasets` write hf:{path}"
+    if found := irregular(path):
+        return f"{path}: {found}, expected a regular file"
     parent = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(parent):
         while not os.path.isdir(parent):
             parent = os.path.dirname(parent)
         return f"{path}: no such file: its directory is missing too; {parent} is there"
-    names = sorted(os.listdir(parent))
+    names = _listed(parent)
     near = difflib.get_close_matches(os.path.basename(path), names, n=1)
     if near:
         return (
@@ -243,19 +291,28 @@ def _explain_missing(path: str) -> str:
     return f"{path}: no such file; {parent} {holds}"
 
 
+def _listed(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
+
+
 def _read_huggingface(spec: str) -> Rows:
     import datasets
 
     source = f"hf:{spec}"
     path, _, split = spec.partition("#")
     split = split or "train"
+    if not path:
+        raise DataError(f"{source}: expected a directory or the name of a data set after 'hf:'")
     path, config = os.path.expanduser(path), None
     if not os.path.exists(path):
         path, _, config = path.partition("@")
     if os.path.isfile(path):
         raise DataError(f"{source}: is a file; expected a directory or the name of a data set")
     if path.startswith((".", "/", "~")) and not os.path.isdir(path):
-        raise DataError(_explain_missing(path).replace("no such file", "no such directory"))
+        raise DataError(_explain_no_file(path).replace("no such file", "no such directory"))
     saved = [name for name in ("dataset_dict.json", "state.json") if _has(path, name)]
     try:
         if saved:

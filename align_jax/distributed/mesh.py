@@ -5,6 +5,7 @@ import os
 import jax
 from jax.sharding import AxisType, Mesh
 
+from align_jax.distributed import hosts
 from align_jax.distributed.partitioning import MESH_AXES
 
 # The compiler propagates shardings from the rules; jax.make_mesh would default to Explicit.
@@ -50,20 +51,24 @@ def initialize_distributed() -> None:
 
     Slurm, Open MPI and Cloud TPU pods are recognised by JAX itself; elsewhere the three usual
     variables (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`) say where the
-    others are.
+    others are. From then on a host that is missing or fails ends the others, see `hosts.watch`.
     """
     environment = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in environment:
-        jax.distributed.initialize(
-            coordinator_address=environment["JAX_COORDINATOR_ADDRESS"],
-            num_processes=int(environment["JAX_NUM_PROCESSES"]),
-            process_id=int(environment["JAX_PROCESS_ID"]),
-        )
-        return
     tpu_hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
-    if (
-        int(environment.get("SLURM_NTASKS", "1")) > 1
-        or int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-        or len(tpu_hosts) > 1
+    given = {}
+    if "JAX_COORDINATOR_ADDRESS" in environment:
+        given = {
+            "coordinator_address": environment["JAX_COORDINATOR_ADDRESS"],
+            "num_processes": int(environment["JAX_NUM_PROCESSES"]),
+            "process_id": int(environment["JAX_PROCESS_ID"]),
+        }
+    elif (
+        int(environment.get("SLURM_NTASKS", "1")) <= 1
+        and int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) <= 1
+        and len(tpu_hosts) <= 1
     ):
-        jax.distributed.initialize()
+        return
+    # It would take SIGTERM from `training.signals`, without a step that all hosts stop after.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(**given)
+    hosts.watch()

@@ -14,8 +14,6 @@ from align_jax.training.metrics import read_metrics
 # Corpora are compared at this many samples a prompt: distinct-2 falls as a corpus grows.
 DISTINCT_SAMPLES = 4
 
-MAX_SAMPLES = 2**16  # of a held-out prompt
-
 # Prompts whose first samples a report shows side by side: the first ones, not chosen for looks.
 SHOWN = 12
 

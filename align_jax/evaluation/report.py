@@ -8,7 +8,6 @@ import html
 import json
 import math
 import os
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from align_jax.evaluation import figures
+from align_jax.text import printable
 
 # Rows of the table, in this order, and what they are called.
 POLICIES = {"base": "base", "best_of_4": "best of 4", "trained": "trained"}
@@ -232,9 +232,8 @@ def format_summary(summary: Mapping) -> str:
 
 
 def _text(value: object) -> str:
-    """Escaped for HTML, control characters (model output has them) replaced."""
-    printable = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(value))
-    return html.escape(printable)
+    """Escaped for HTML; model output has control and direction characters, which are shown."""
+    return html.escape(printable(str(value)))
 
 
 def html_table(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], css: str) -> str:

@@ -12,7 +12,8 @@ from align_jax.data.batching import build_batch
 from align_jax.data.dataset import Data
 from align_jax.data.tokenise import Example
 from align_jax.errors import RunError
-from align_jax.generation.sampler import generate
+from align_jax.generation.sampler import MAX_NEW_TOKENS, MAX_SAMPLES, generate
+from align_jax.models.tokenizers import decode_completions, encode_texts
 from align_jax.models.transformer import Transformer
 from align_jax.settings import Settings
 
@@ -32,7 +33,8 @@ class Sampling(Settings, key="config.sampling"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(1, "samples", "max_new_tokens")
+        self.between(1, MAX_SAMPLES, "samples")
+        self.between(1, MAX_NEW_TOKENS, "max_new_tokens")
         self.at_least(
             0, "prompts", "temperature", "batch_prompts", "batch_samples", "truncate_after"
         )
@@ -102,7 +104,7 @@ def stop_tokens(tokenizer: Any, sampling: Sampling) -> tuple[int, ...]:
     stops = (tokenizer.eos_token_id,)
     if not sampling.truncate_token:
         return stops
-    ids = tokenizer(sampling.truncate_token, add_special_tokens=False).input_ids
+    (ids,) = encode_texts(tokenizer, [sampling.truncate_token], behind_text=True, special=True)
     if len(ids) != 1:
         raise RunError(
             f"config.sampling.truncate_token is {sampling.truncate_token!r}, which is {len(ids)} "
@@ -154,17 +156,15 @@ def roll_out(
     # Everything after the first stop token goes, and with it what the sampler went on to draw.
     mask = mask * (np.cumsum(stopping, axis=1) - stopping == 0)
     kept = mask > 0
-    texts = [
-        tokenizer.decode(row[keep].tolist(), skip_special_tokens=True)
-        for row, keep in zip(tokens, kept)
-    ]
+    completions = [row[keep].tolist() for row, keep in zip(tokens, kept)]
+    before = [prompt for prompt in prompts for _ in range(samples)]
     return Rollout(
         [np.asarray(prompt, np.int32) for prompt in prompts],
         np.where(kept, tokens, 0),
         mask.astype(np.float32),
         np.where(kept, log_probs, 0.0).astype(np.float32),
         (stopping & kept).any(axis=1),
-        texts,
+        decode_completions(tokenizer, completions, before),
     )
 
 

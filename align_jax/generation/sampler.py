@@ -6,6 +6,7 @@ positions go on from its prompt's true length, so padding never shows.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ from align_jax.models.transformer import Transformer
 Array = jax.Array
 
 SMALLEST_BUCKET = 16
+# Samples of a prompt, and tokens of a sample, beyond which an argument is a slip of the hand. What
+# fits in memory is less.
+MAX_SAMPLES, MAX_NEW_TOKENS = 2**16, 2**24
 
 
 class Generation(NamedTuple):
@@ -79,8 +83,8 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # `jax.random.PRNGKey`'s plain integers
+    check_options(temperature, top_k, top_p, samples_per_prompt, max_new_tokens)
     _check_prompts(model, lengths, key, max_new_tokens)
-    _check_options(temperature, top_k, top_p, samples_per_prompt)
     padded = np.zeros((len(prompts), prompt_bucket(int(lengths.max()))), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -121,8 +125,6 @@ def _check_prompts(model, lengths, key, max_new_tokens):
         raise ValueError(
             f"generate: {len(lengths)} prompt(s) need one key, or one each; got {key.shape} keys."
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}.")
     longest = int(lengths.max()) + max_new_tokens
     if longest > model.config.context_length:
         raise ValueError(
@@ -131,15 +133,28 @@ def _check_prompts(model, lengths, key, max_new_tokens):
         )
 
 
-def _check_options(temperature, top_k, top_p, samples_per_prompt):
-    if temperature < 0:
-        raise ValueError(f"generate: temperature must be at least 0, got {temperature}.")
+def check_options(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+) -> None:
+    """Raises `ValueError` for an option of `generate` that no model makes right."""
+    if not 0 <= temperature < math.inf:
+        bound = "at least 0" if temperature < 0 else "finite"
+        raise ValueError(f"generate: temperature must be {bound}, got {temperature}.")
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k must be at least 1 (or None), got {top_k}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must be above 0 and at most 1, got {top_p}.")
-    if samples_per_prompt < 1:
-        raise ValueError(f"generate: samples_per_prompt must be at least 1: {samples_per_prompt}.")
+    for name, value, most in (
+        ("samples_per_prompt", samples_per_prompt, MAX_SAMPLES),
+        ("max_new_tokens", max_new_tokens, MAX_NEW_TOKENS),
+    ):
+        if not 1 <= value <= most:
+            bound = "at least 1" if value < 1 else f"at most {most}"
+            raise ValueError(f"generate: {name} must be {bound}, got {value}.")
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

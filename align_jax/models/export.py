@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from align_jax.distributed import hosts
 from align_jax.errors import ModelError
 from align_jax.files import write_json
 from align_jax.models.families import config_to_hf, family_of
@@ -67,18 +67,8 @@ def save_directory(
     """Writes what `save_model` writes, or with `head` a `...ForSequenceClassification`."""
     path = pathlib.Path(path).expanduser()
     model = merge_adapters(model)
-    leaves = {name: gathered(leaf) for name, leaf in flatten(model).items()}
-    if jax.process_index() == 0:
-        _write_directory(model, leaves, tokenizer, path, head)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {path}")
-
-
-def gathered(leaf: jax.Array) -> jax.Array | np.ndarray:
-    """The whole array on this host. If it is spread over several hosts, all of them call this."""
-    if leaf.is_fully_addressable:
-        return leaf
-    return multihost_utils.process_allgather(leaf, tiled=True)
+    leaves = {name: hosts.gathered(leaf) for name, leaf in flatten(model).items()}
+    hosts.on_first_host(lambda: _write_directory(model, leaves, tokenizer, path, head))
 
 
 def _write_directory(

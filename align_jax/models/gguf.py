@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from align_jax.errors import ModelError
+from align_jax.files import irregular
+from align_jax.text import brief
 
 # Value types of the format -> struct codes; 8 is a string and 9 an array.
 _SCALARS = {
@@ -59,6 +61,8 @@ class GGUFFile:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
+        if what := irregular(path):
+            raise ModelError(f"{path} {what}; expected a GGUF file.")
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise ModelError(f"{path} is not a GGUF file: it does not start with 'GGUF'.")
@@ -70,7 +74,12 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         for _ in range(entries):
             key = self._string()
-            self.metadata[key] = self._value(self._take("<I")[0])
+            if key in self.metadata:
+                raise self._damaged(f"{brief(key)} is there twice")
+            try:
+                self.metadata[key] = self._value(self._take("<I")[0])
+            except RecursionError as error:
+                raise self._damaged(f"arrays nested too deeply in {brief(key)}") from error
         infos = [self._tensor_info() for _ in range(tensors)]
         architecture = self.metadata.get("general.architecture")
         if architecture != "llama":
@@ -136,6 +145,8 @@ class GGUFFile:
         import gguf
 
         alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 1 <= alignment <= len(self._bytes):
+            raise self._damaged(f"general.alignment is {brief(alignment)}")
         start = -(-self._position // alignment) * alignment
         found = {}
         for name, shape, kind, offset in infos:
@@ -146,6 +157,13 @@ class GGUFFile:
                     gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
             except (ValueError, NotImplementedError) as error:
                 raise ModelError(f"{self.path}: tensor {name} cannot be read, {error}.") from error
+            if name in found:
+                raise self._damaged(f"tensor {name} is there twice")
+            if shape[-1] % block:
+                raise self._damaged(
+                    f"tensor {name} has rows of {shape[-1]} values, which are no whole blocks of "
+                    f"{block}"
+                )
             size = math.prod(shape) // block * block_bytes
             if start + offset + size > len(self._bytes):
                 raise ModelError(
@@ -164,7 +182,9 @@ class GGUFFile:
         for key in ("expert_count", "attention.sliding_window"):
             if get(key):
                 raise ModelError(f"{self.path}: llama.{key}={get(key)} is not supported.")
-        tokens = data.get("tokenizer.ggml.tokens", ())
+        tokens = data.get("tokenizer.ggml.tokens", [])
+        if not isinstance(tokens, list):
+            raise self._damaged(f"tokenizer.ggml.tokens is {brief(tokens)}, no array")
         return {
             "model_type": "llama",
             "vocab_size": get("vocab_size", len(tokens)),

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from align_jax.distributed.partitioning import named_sharding
 from align_jax.errors import ModelError
+from align_jax.files import irregular
 from align_jax.models.config import TransformerConfig
 from align_jax.models.dimensions import parameter_dimensions
 from align_jax.models.families import config_from_hf, family_of
@@ -26,6 +27,7 @@ from align_jax.models.families.base import is_stacked
 from align_jax.models.gguf import GGUFFile
 from align_jax.models.locate import Location, locate, read_json
 from align_jax.models.transformer import Transformer
+from align_jax.text import brief
 from align_jax.trees import flatten, unflatten
 
 _Module = TypeVar("_Module", bound=nnx.Module)
@@ -172,20 +174,34 @@ class SafetensorsFiles:
         from safetensors import SafetensorError, safe_open
 
         index = folder / "model.safetensors.index.json"
-        if index.is_file():
+        if os.path.lexists(index):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ModelError(f"{index} has no 'weight_map'.")
+            if not weight_map:
+                raise ModelError(f"{index} has an empty 'weight_map'.")
+            for tensor, name in weight_map.items():
+                file_name = pathlib.PurePath(name).name if isinstance(name, str) else ""
+                if not file_name.strip(".") or "\0" in file_name:
+                    raise ModelError(
+                        f"{index} says that {brief(tensor)} is in {brief(name)}, which is no file."
+                    )
             # Names only: an index must not lead outside the model's directory.
-            files = sorted({pathlib.PurePath(str(name)).name for name in weight_map.values()})
+            files = sorted({pathlib.PurePath(name).name for name in weight_map.values()})
         else:
             files = ["model.safetensors"]
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name in files:
+            if what := irregular(folder / name):
+                raise ModelError(f"{folder / name} {what}; expected a file of safetensors.")
             try:
                 file = safe_open(folder / name, framework="np")
             except FileNotFoundError as error:
+                if os.path.lexists(folder / name):  # safetensors tells these two alike
+                    raise ModelError(
+                        f"{folder / name} cannot be read: Permission denied."
+                    ) from error
                 raise ModelError(
                     f"{folder} has no {name}. Weights are read from safetensors only, never from "
                     "pickles (*.bin); save the model again with safetensors."
@@ -201,6 +217,11 @@ class SafetensorsFiles:
                         f"{folder / name}: tensor {tensor} has dtype {described.get_dtype()}; "
                         "supported are F32, F16 and BF16."
                     )
+                if tensor in self._files:
+                    raise ModelError(
+                        f"{folder}: the tensor {tensor} is in both {name} and another of "
+                        f"{', '.join(files)}."
+                    )
                 self._files[tensor] = file
                 self._shapes[tensor] = tuple(described.get_shape())
 
@@ -215,7 +236,9 @@ class SafetensorsFiles:
     def pop(self, name: str) -> np.ndarray:
         """Reads a tensor that is not the transformer's, and leaves it out from here on."""
         del self._shapes[name]
-        return self._files.pop(name).get_tensor(name)
+        tensor = self._files.pop(name).get_tensor(name)
+        require_finite(name, tensor, tensor.dtype)
+        return tensor
 
 
 def read_transformer(
@@ -240,12 +263,24 @@ def read_transformer(
 
             def read_layer(layer: int) -> None:
                 tensor = source.read(actual[rule.name.format(layer)])
-                out[layer] = rule.from_stored(tensor, out.shape[1:])
+                with np.errstate(over="ignore"):
+                    out[layer] = rule.from_stored(tensor, out.shape[1:])
+                require_finite(actual[rule.name.format(layer)], out[layer], dtype)
 
             list(pool.map(read_layer, range(len(out))))
             return out if stacked else out[0]
 
         return fill(abstract, stack, mesh)
+
+
+def require_finite(name: str, tensor: np.ndarray, dtype: np.dtype) -> None:
+    """Raises `ModelError` if a parameter has a value that is NaN or infinite in `dtype`."""
+    bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
+    if bad:
+        raise ModelError(
+            f"tensor {name} has {bad:,} values of {tensor.size:,} that are NaN or infinite in "
+            f"{np.dtype(dtype).name}: the model is damaged, or needs a wider dtype."
+        )
 
 
 def _match_tensors(

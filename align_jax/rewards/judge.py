@@ -23,6 +23,7 @@ from align_jax.data.tokenise import encode_records
 from align_jax.distributed.partitioning import replicated
 from align_jax.errors import RewardError
 from align_jax.generation.sampler import prompt_bucket
+from align_jax.models.tokenizers import check_vocabulary, encode_texts
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import Records, Reward, checked_scores, text_of
 
@@ -70,6 +71,7 @@ class LanguageModelJudge:
     Raises:
       ValueError: a template without one of its slots, options that differ in more than one token,
         no question, a batch size below 1.
+      ModelError: a tokenizer with ids that the model does not have.
 
     Source: Lee et al. 2023 (RLAIF, arXiv:2309.00267), section 2; Bai et al. 2022 (Constitutional
     AI, arXiv:2212.08073), section 4.1.
@@ -96,6 +98,7 @@ class LanguageModelJudge:
             raise ValueError(f"questions: {questions!r} is no list of one or more questions.")
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is below 1.")
+        check_vocabulary(tokenizer, model.config, "the judge")
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self._questions, self._template = tuple(questions), template
         self._begun, self._option_ids = _option_tokens(tokenizer, answer, options)
@@ -176,14 +179,14 @@ def _option_tokens(
     """The tokens that begin every answer, and the two that tell the options apart."""
     if isinstance(options, str) or len(options) != 2:
         raise ValueError(f"options: {options!r} are not two texts.")
-    encode = functools.partial(tokenizer, add_special_tokens=False)
-    a, b = (encode(option).input_ids for option in options)
+    encode = functools.partial(encode_texts, tokenizer, behind_text=True)
+    a, b = encode(options)
     if len(a) != len(b) or not a or a[:-1] != b[:-1] or a[-1] == b[-1]:
         raise ValueError(
             f"options: {options[0]!r} and {options[1]!r} are the tokens {a} and {b}; expected two "
             "that differ in their last token only."
         )
-    begun = list(encode(answer).input_ids) if answer else []
+    begun = encode([answer])[0] if answer else []
     return begun + list(a[:-1]), np.array([a[-1], b[-1]], np.int32)
 
 

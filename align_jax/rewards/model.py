@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,10 @@ from jax.sharding import Mesh
 from align_jax.data.batching import build_batch
 from align_jax.data.records import parse_record
 from align_jax.data.tokenise import Example, encode_records
+from align_jax.distributed import hosts
 from align_jax.distributed.partitioning import replicated
-from align_jax.errors import ModelError
-from align_jax.models.export import ClassificationHead, gathered, save_directory
+from align_jax.errors import ModelError, RewardError
+from align_jax.models.export import ClassificationHead, save_directory
 from align_jax.models.heads import ScalarModel, response_scores, without_unembedding
 from align_jax.models.loading import (
     SafetensorsFiles,
@@ -31,7 +33,7 @@ from align_jax.models.loading import (
     runtime_config,
 )
 from align_jax.models.locate import locate, read_json
-from align_jax.models.tokenizers import load_tokenizer
+from align_jax.models.tokenizers import check_vocabulary, load_tokenizer
 from align_jax.rewards.base import Reward
 from align_jax.rewards.mixture import Combined
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 DIRECTORY = "reward_model"
 
 SMALLEST_BUCKET = 32
+_log = logging.getLogger(__name__)
 
 # Tokens of a batch, padding included. A batch is always full, so a single text costs as much.
 BATCH_TOKENS = {"cpu": 512}
@@ -87,7 +90,7 @@ def save_reward_model(
     scale = dataclasses.replace(scale, bias=scale.gain * head_bias + scale.bias)
     transformer = without_unembedding(model.transformer)
     dtype = transformer.embedding[...].dtype
-    kernel = np.asarray(gathered(model.head.head_kernel[...])).astype(dtype)[None]
+    kernel = np.asarray(hosts.gathered(model.head.head_kernel[...])).astype(dtype)[None]
     head = ClassificationHead(
         tensors={"score.weight": kernel},
         config={"id2label": {"0": "reward"}, "label2id": {"reward": 0}},
@@ -168,7 +171,8 @@ class RewardModel:
     """A reward model, or the mean of an ensemble, as a reward `(records, completions) -> [N]`.
 
     Text is tokenised with the model's own tokenizer, closed with EOS and cut as in training, and
-    scored at its last token. A text's batch has the number of rows and the length that its own
+    scored at its last token. A prompt is cut first, on the left; where a completion's end is cut,
+    too, a warning says so. A text's batch has the number of rows and the length that its own
     length asks for, whatever it is scored together with.
 
     Args:
@@ -182,6 +186,8 @@ class RewardModel:
       components: None, but of an ensemble the function that `base.scores_and_components` asks: the
         reward of each member, `member_0` and so on, and their `disagreement`, the standard
         deviation over them, `[N]` float32 each.
+      truncated: `[N]` bool, which texts of the last call were cut: the beginning of the prompt, or
+        at the end of the completion.
     """
 
     def __init__(
@@ -199,6 +205,10 @@ class RewardModel:
         self.components = self._components if len(self.members) > 1 else None
         limits = [scale.max_length for _, scale in self.members if scale.max_length]
         self.max_length = min([*limits, self.members[0][0].config.context_length])
+        self.truncated = np.zeros(0, bool)
+        name = self.directories[0] if self.directories else "the reward model"
+        for model, _ in self.members:
+            check_vocabulary(tokenizer, model.config, name)
         scale = self.members[0][1]
         self._bounds = {
             "max_prompt_length": scale.max_prompt_length,
@@ -282,7 +292,7 @@ class RewardModel:
             )
             for index, (record, completion) in enumerate(zip(records, completions, strict=True))
         ]
-        return encode_records(
+        examples = encode_records(
             pairs,
             self.tokenizer,
             kind="sft",
@@ -290,6 +300,58 @@ class RewardModel:
             overlong="truncate",
             **self._bounds,
         )
+        self.truncated = np.array([one.extras.get("truncated", False) for one in examples])
+        # A response that is not cut ends in EOS.
+        eos = self.tokenizer.eos_token_id
+        unseen = sum(int(example.responses[0][-1]) != eos for example in examples)
+        if unseen:
+            _log.warning(
+                "the reward model does not see the end of %d of %d completions: they are longer "
+                "than its max_length = %d tokens leaves room for",
+                unseen,
+                len(examples),
+                self.max_length,
+            )
+        return examples
+
+    def require_room(
+        self, records: Sequence[Mapping[str, Any]], tokenizer: Any, max_new_tokens: int
+    ) -> None:
+        """Refuses prompts whose completions this model could not read to their end.
+
+        A model with another tokenizer than the policy's reads another number of tokens, which no
+        one knows before sampling; its prompts are cut on the left.
+
+        Args:
+          records: those to be sampled for.
+          tokenizer: the policy's.
+          max_new_tokens: of a completion.
+
+        Raises:
+          RewardError: the first record whose prompt and completion do not fit `max_length`.
+        """
+        if not records or tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            return
+        prompts = [
+            parse_record(
+                {"prompt": record["prompt"]},
+                kind="prompt",
+                where=record.get("where", f"record {index}"),
+            )
+            for index, record in enumerate(records)
+        ]
+        examples = encode_records(prompts, self.tokenizer, kind="prompt", max_length=2**31)
+        for example in examples:
+            # One more: a completion that its budget cut short is closed with EOS.
+            length = min(len(example.prompt), self._bounds["max_prompt_length"] or 2**31)
+            if length + max_new_tokens + 1 > self.max_length:
+                raise RewardError(
+                    f"{example.extras['where']}: the reward model reads {self.max_length} tokens, "
+                    f"and the prompt has {length}, to which config.sampling.max_new_tokens = "
+                    f"{max_new_tokens} and EOS are added; lower config.sampling.max_new_tokens or "
+                    "config.data.max_length, or take a reward model trained with a larger "
+                    "data.max_length."
+                )
 
     def _scalars(self, model: ScalarModel, examples: Sequence[Example]) -> np.ndarray:
         out = np.zeros(len(examples), np.float64)
@@ -317,12 +379,21 @@ class RewardModel:
         return out
 
 
+def reward_models(reward: Reward) -> list[RewardModel]:
+    """The reward models that a reward is, or is made of."""
+    if isinstance(reward, RewardModel):
+        return [reward]
+    components = reward.rewards.values() if isinstance(reward, Combined) else ()
+    return [model for component in components for model in reward_models(component)]
+
+
 def loaded_members(reward: Reward) -> dict[Path, tuple[ScalarModel, RewardScale]]:
     """The reward models a reward has read, or those it is made of, by resolved directory."""
-    if isinstance(reward, RewardModel):
-        return {d.resolve(): one for d, one in zip(reward.directories, reward.members)}
-    components = reward.rewards.values() if isinstance(reward, Combined) else ()
-    return {d: one for component in components for d, one in loaded_members(component).items()}
+    return {
+        directory.resolve(): member
+        for model in reward_models(reward)
+        for directory, member in zip(model.directories, model.members)
+    }
 
 
 def member_directories(path: str | os.PathLike) -> list[Path]:

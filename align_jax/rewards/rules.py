@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from align_jax.errors import RewardError
+from align_jax.models.tokenizers import encode_texts
 from align_jax.rewards.base import Records, Reward
 
 
@@ -210,7 +211,7 @@ def _counter(unit: str, tokenizer: Any) -> Callable[[Sequence[str]], np.ndarray]
         raise ValueError("unit: 'tokens' needs a tokenizer; count 'words' or 'characters' instead.")
 
     def count(texts: Sequence[str]) -> np.ndarray:
-        ids = tokenizer(list(texts), add_special_tokens=False).input_ids
+        ids = encode_texts(tokenizer, texts, behind_text=True)
         return np.array([len(one) for one in ids], np.float64)
 
     return count

@@ -2,36 +2,45 @@
 
 Names are the paths of the leaves in the train state (`model.blocks.mlp.up`, ...), so a checkpoint
 does not depend on how a library spells its containers. Frozen parameters are not saved: they are
-those of `config.model`, and a fingerprint in the checkpoint tells whether they still are. Orbax
-writes beside the final place and renames: a run killed while saving still has the checkpoint
-before.
+those of `config.model`, and a fingerprint in the checkpoint tells whether they still are. Another
+fingerprint tells whether what was read is what was saved. Orbax writes beside the final place and
+renames: a run killed while saving still has the checkpoint before. Two are kept, so that a damaged
+one does not cost the run.
 """
 
 import contextlib
 import dataclasses
-import errno
 import json
-import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from align_jax.distributed import hosts
 from align_jax.errors import RunError
-from align_jax.files import write_json
+from align_jax.files import refusal, write_json
 from align_jax.models.config import TransformerConfig
 from align_jax.models.frozen import combine, partition
 from align_jax.trees import fingerprint, flatten, unflatten
 
 # The field of the JSON object that holds the fingerprints of frozen parameters, by item.
 _FROZEN = "frozen_fingerprints"
+# The field that holds the fingerprints of what was saved, by item.
+_SAVED = "fingerprints"
 # The field that holds the model's `TransformerConfig`.
 _ARCHITECTURE = "architecture"
 # In the directory of a step: the sizes of its files in bytes.
 _SIZES = "file_sizes.json"
+# How many checkpoints are kept, beside the one that is being written.
+_KEPT = 2
+
+
+class _DamagedError(RunError):
+    """A checkpoint whose files are not what was written."""
 
 
 def _frozen(tree: Any) -> str | None:
@@ -53,23 +62,28 @@ def _items(state: Any) -> dict[str, Any]:
 
 
 class Checkpointer:
-    """Saves and restores train states under `directory`, keeping the newest.
+    """Saves and restores train states under `directory`, keeping the newest two.
+
+    Where the newest is damaged, the one before is read and a warning printed.
 
     Args:
       directory: `WORKDIR/checkpoints`.
-      clean: remove what a killed run left half-written; only for the one process that saves.
+      clean: remove what a killed run left half-written, and a damaged checkpoint once the one
+        before has been read; only for the run that saves.
     """
 
     def __init__(self, directory: Path, *, clean: bool = False):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
+        self._clean = clean
+        self._damaged: set[int] = set()
         self.directory = Path(directory).resolve()
         self._saved: int | None = None  # the step whose files are not recorded yet
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(1),
+                preservation_policy=ocp.checkpoint_managers.LatestN(_KEPT),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=clean,
             ),
@@ -83,8 +97,12 @@ class Checkpointer:
         )
 
     def latest_step(self) -> int | None:
-        """Step of the newest finished checkpoint, None if there is none."""
-        return self._manager.latest_step()
+        """Step of the newest finished checkpoint not found damaged so far, None if there is none.
+
+        What `restore` will read may be older: the state that it returns has the step.
+        """
+        steps = [step for step in self._manager.all_steps() if step not in self._damaged]
+        return max(steps, default=None)
 
     def save(self, state: Any, data: dict[str, Any]) -> None:
         """Starts writing a train state; its arrays may be donated as soon as this returns.
@@ -97,6 +115,8 @@ class Checkpointer:
         frozen = {name: frozen for name, tree in items.items() if (frozen := _frozen(tree))}
         if frozen:
             data = data | {_FROZEN: frozen}
+        saved = {name: flatten(partition(tree)[0]) for name, tree in items.items()}
+        data = data | {_SAVED: {name: fingerprint(leaves) for name, leaves in saved.items()}}
         config = getattr(items["model"], "config", None)
         if isinstance(config, TransformerConfig):
             data = data | {_ARCHITECTURE: dataclasses.asdict(config)}
@@ -105,10 +125,7 @@ class Checkpointer:
             self._manager.save(
                 self._saved,
                 args=args.Composite(
-                    **{
-                        name: args.StandardSave(flatten(partition(tree)[0]))
-                        for name, tree in items.items()
-                    },
+                    **{name: args.StandardSave(leaves) for name, leaves in saved.items()},
                     data=args.JsonSave(data),
                 ),
             )
@@ -119,11 +136,10 @@ class Checkpointer:
         Frozen parameters are those of `state`.
 
         Raises:
-          RunError: the checkpoint is damaged, holds other names or shapes, or was made with other
-            frozen parameters.
+          RunError: every checkpoint is damaged; one holds other names or shapes, or was made with
+            other frozen parameters.
         """
-        step = self.latest_step()
-        parts, data = self._restore(step, _items(state))
+        step, (parts, data) = self._newest(lambda step: self._read(step, _items(state)))
         step = jax.device_put(np.int32(step), state.step.sharding)
         optimizer, running = parts.pop("optimizer"), parts.pop("running", {})
         model = state.model._replace(**parts) if isinstance(state.model, tuple) else parts["model"]
@@ -131,19 +147,20 @@ class Checkpointer:
 
     def restore_model(self, model: Any) -> Any:
         """The newest checkpoint's model alone, as `restore`."""
-        return self._restore(self.latest_step(), {"model": model})[0]["model"]
+        return self._newest(lambda step: self._read(step, {"model": model}))[1][0]["model"]
 
     def restore_running(self, running: dict[str, Any]) -> dict[str, Any]:
         """The newest checkpoint's running state alone, as `restore`."""
-        return self._restore(self.latest_step(), {"running": running})[0]["running"]
+        return self._newest(lambda step: self._read(step, {"running": running}))[1][0]["running"]
 
     def restore_data(self) -> dict[str, Any]:
         """The newest checkpoint's JSON object alone."""
-        return self._restore(self.latest_step(), {})[1]
+        return self._newest(lambda step: self._read(step, {}))[1][1]
 
     def architecture(self) -> TransformerConfig:
         """Sizes and family of the newest checkpoint's model."""
-        with self._naming_damage(step := self.latest_step()):
+
+        def read(step: int) -> TransformerConfig:
             self._check_sizes(step)
             args = self._ocp.args.Composite(data=self._ocp.args.JsonRestore())
             fields = self._manager.restore(step, args=args)["data"][_ARCHITECTURE]
@@ -151,10 +168,38 @@ class Checkpointer:
             fields["rope_scaling"] = scaling and tuple((name, value) for name, value in scaling)
             return TransformerConfig(**fields)
 
-    def _restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The items, and the JSON object that was saved with them."""
-        with self._naming_damage(step):
-            return self._read(step, items)
+        return self._newest(read)[1]
+
+    def _newest(self, read: Callable[[int], Any]) -> tuple[int, Any]:
+        """The newest checkpoint that `read` finds whole: its step, and what `read` returns."""
+        first: _DamagedError | None = None
+        steps = sorted(set(self._manager.all_steps()) - self._damaged, reverse=True)
+        for step in steps:
+            error = result = None
+            try:
+                with self._naming_damage(step):
+                    result = read(step)
+            except _DamagedError as damage:
+                error = damage
+            # A host that reads its part alone may be the only one to see the damage.
+            if not hosts.any_host(error is not None):
+                self._remove_damaged()
+                return step, result
+            error = error or _DamagedError(
+                f"another host cannot read the checkpoint of step {step} in {self.directory}."
+            )
+            first = first or error
+            self._damaged.add(step)
+            if step != steps[-1] and hosts.first():
+                print(f"warning: {error} The checkpoint before it is used.", file=sys.stderr)
+        self._damaged.clear()
+        raise first or RunError(f"there is no checkpoint in {self.directory}.")
+
+    def _remove_damaged(self) -> None:
+        # The run goes on from an older step, and comes by the damaged one's number again.
+        if self._clean:
+            for step in sorted(self._damaged):
+                self._manager.delete(step)
 
     def _read(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         args = self._ocp.args
@@ -173,8 +218,12 @@ class Checkpointer:
         restored = self._manager.restore(step, args=args.Composite(**wanted))
         data = dict(restored["data"])
         data.pop(_ARCHITECTURE, None)
-        saved_on = data.pop(_FROZEN, {})
+        saved_on, saved = data.pop(_FROZEN, {}), data.pop(_SAVED, {})
         parts = {}
+        for item in items:
+            # Older checkpoints have no fingerprints.
+            if item in saved and fingerprint(dict(restored[item])) != saved[item]:
+                raise ValueError(f"the numbers in {item} are not those that were saved")
         for item, tree in items.items():
             if saved_on.get(item) != _frozen(tree):
                 # A critic that starts as the policy has the policy's parameters, which come first.
@@ -217,7 +266,7 @@ class Checkpointer:
             self._record_sizes()
 
     def _record_sizes(self) -> None:
-        if self._saved is None or jax.process_index() != 0:
+        if self._saved is None or not hosts.first():
             return
         folder, self._saved = self.directory / str(self._saved), None
         if not folder.is_dir():  # it could not be written, which has been said
@@ -245,11 +294,11 @@ class Checkpointer:
             raise
         # Orbax and TensorStore raise anything, bare Exception included, on damaged files.
         except Exception as error:
-            raise RunError(
+            raise _DamagedError(
                 f"the checkpoint of step {step} in {self.directory} cannot be read, so its files "
                 f"are damaged or incomplete ({_first_line(error)}). Copy it there again from where "
                 "it is whole; or remove that directory (and finished.json beside it), and the same "
-                "command trains from the beginning."
+                "command goes on from the checkpoint before, or from the beginning."
             ) from error
 
     @contextlib.contextmanager
@@ -258,11 +307,12 @@ class Checkpointer:
             yield
         # TensorStore makes a ValueError of what the operating system said.
         except (OSError, ValueError) as error:
-            if os.strerror(errno.ENOSPC) not in str(error):
+            reason = refusal(error)
+            if reason is None:
                 raise
             raise RunError(
-                f"the disk is full: a checkpoint could not be written to {self.directory}. What "
-                "was saved before is whole; free some space, and the same command continues."
+                f"a checkpoint could not be written to {self.directory}: {reason}, and the same "
+                "command continues. What was saved before is whole."
             ) from error
 
 
@@ -274,11 +324,11 @@ def _first_line(error: Exception) -> str:
 def require_space(directory: Path, state: Any) -> None:
     """Raises `RunError` if the checkpoints that a run in `directory` has to write will not fit.
 
-    While one is written the one before is still there: a run that starts needs room for two, one
-    that goes on has the first on the disk already.
+    Two are kept, and while one is written the two before are still there: a run that starts needs
+    room for three, one that goes on has the first or two of them on the disk already.
     """
     saved = [file for file in directory.glob("checkpoints/*") if file.name.isdigit()]
-    copies = 1 if saved else 2
+    copies = _KEPT + 1 - min(len(saved), _KEPT)
     needed = copies * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(directory).free
     if free < needed:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from align_jax.errors import RunError
-from align_jax.files import write_file
+from align_jax.files import irregular, parse_json, write_file
 
 _FILE = "metrics.jsonl"
 _RESERVED = ("step", "wall_time")
@@ -24,26 +24,32 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
     RunError if there is no such file or, naming it, another line is bad.
     """
     path = Path(workdir) / _FILE
+    if found := irregular(path):
+        raise RunError(f"{path} {found}; expected the file of a run's metrics.")
     if not path.exists():
         raise RunError(f"{path} does not exist: {workdir} is not the workdir of a run")
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            row = json.loads(line)
-            # JSON has no NaN and no infinities: they are kept as strings.
-            rows.append(
-                {**{name: float(value) for name, value in row.items()}, "step": row["step"]}
-            )
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            rows.append(_from_json(line))
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
             if number == len(lines):
                 break
             raise RunError(
                 f"{path}, line {number} is no row of metrics: {line[:80]!r}. Remove that line."
             ) from error
     return rows
+
+
+def _from_json(line: bytes) -> dict[str, float]:
+    row = parse_json(line.decode("utf-8"))
+    if type(row["step"]) is not int:
+        raise ValueError("a step is a whole number")
+    # JSON has no NaN and no infinities: they are kept as strings.
+    return {**{name: float(value) for name, value in row.items()}, "step": row["step"]}
 
 
 def _to_json(row: Mapping[str, float]) -> str:

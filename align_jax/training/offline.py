@@ -28,6 +28,7 @@ from align_jax.training.pretrained import RunConfig
 from align_jax.training.signals import Interrupted, StopSignals
 from align_jax.training.state import TrainState, init_state
 from align_jax.training.step import LossFunction, make_train_step, place_batch
+from align_jax.training.workdir import only_run_in
 
 MAX_EPOCHS, MAX_STEPS = 10**5, 10**7
 
@@ -163,11 +164,12 @@ def train_offline(
     with contextlib.ExitStack() as stack:
         checkpointer = resumed = None
         if directory is not None:
+            stack.enter_context(only_run_in(directory))
             checkpointer = Checkpointer(directory / "checkpoints", clean=True)
             stack.callback(checkpointer.close)
-            resumed = checkpointer.latest_step()
-        if resumed is not None:
+        if checkpointer is not None and checkpointer.latest_step() is not None:
             state, _ = checkpointer.restore(state)
+            resumed = int(state.step)
         writer = stack.enter_context(
             MetricWriter(directory, resume_step=resumed, wandb_project=config.wandb_project or None)
         )
@@ -209,7 +211,7 @@ def fit_offline(
 
     Raises:
       RunError: a loss or gradient is not finite; names the step and the batch's example ids.
-      Interrupted: SIGTERM or SIGINT came; the state has been saved.
+      Interrupted: SIGTERM, SIGHUP or SIGINT came; the state has been saved.
     """
     first = int(state.step)
     pending: tuple[int, list[int], dict] | None = None
@@ -238,6 +240,7 @@ def fit_offline(
             checkpointer.save(state, {"next_example": int(state.step) * loader.batch_size})
 
     batches = loader.batches(first * loader.batch_size)
+    stopped_by: int | None = None
     bar = progress(description=description, total=num_steps, initial=first, unit="step")
     signals = StopSignals(active=checkpointer is not None)
     with bar, signals as stop, jax.set_mesh(mesh):
@@ -249,16 +252,18 @@ def fit_offline(
                 settle()
                 pending = (step, ids, metrics)
                 bar.update(1)
-                if step == num_steps or step % checkpoint_every == 0 or stop.received is not None:
+                last = step == num_steps
+                stopped_by = stop.agreed(now=last)
+                if last or step % checkpoint_every == 0 or stopped_by is not None:
                     save(state)
-                if stop.received is not None:
+                if stopped_by is not None:
                     break
         finally:
             batches.close()
         if checkpointer is not None:
             checkpointer.wait()
-        if stop.received is not None:
-            raise Interrupted(stop.received, int(state.step))
+        if stopped_by is not None:
+            raise Interrupted(stopped_by, int(state.step))
     return state
 
 

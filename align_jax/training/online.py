@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from align_jax.distributed import hosts
 from align_jax.errors import RunError
 from align_jax.generation.samples import Sample, write_samples
 from align_jax.progress import progress
@@ -23,6 +24,7 @@ from align_jax.training.not_finite import causes
 from align_jax.training.pretrained import RunConfig
 from align_jax.training.signals import Interrupted, StopSignals
 from align_jax.training.state import TrainState
+from align_jax.training.workdir import only_run_in
 
 # What an algorithm keeps between iterations beside its state: JSON numbers by name.
 Memory = dict[str, Any]
@@ -59,17 +61,18 @@ def train_online(
     with contextlib.ExitStack() as stack:
         checkpointer = resumed = None
         if directory is not None:
+            stack.enter_context(only_run_in(directory))
             checkpointer = Checkpointer(directory / "checkpoints", clean=True)
             stack.callback(checkpointer.close)
-            resumed = checkpointer.latest_step()
-        if resumed is not None:
+        if checkpointer is not None and checkpointer.latest_step() is not None:
             state, memory = checkpointer.restore(state)
+            resumed = int(state.step)
         writer = stack.enter_context(
             MetricWriter(directory, resume_step=resumed, wandb_project=config.wandb_project or None)
         )
 
         def save_samples(iteration: int, samples: list[Sample]) -> None:
-            if directory is not None and jax.process_index() == 0:
+            if directory is not None and hosts.first():
                 write_samples(directory / "samples" / f"iteration_{iteration:06d}.jsonl", samples)
 
         state = fit_online(
@@ -109,10 +112,11 @@ def fit_online(
 
     Raises:
       RunError: a metric is not finite.
-      Interrupted: SIGTERM or SIGINT came; the state has been saved.
+      Interrupted: SIGTERM, SIGHUP or SIGINT came; the state has been saved.
     """
     first = int(memory["iteration"])
     bar = progress(description=description, total=num_iterations, initial=first, unit="iteration")
+    stopped_by: int | None = None
     signals = StopSignals(active=checkpointer is not None)
     with bar, signals as stop, jax.set_mesh(mesh):
         for iteration in range(first, num_iterations):
@@ -132,13 +136,14 @@ def fit_online(
             save_samples(iteration, samples)
             writer.write(int(state.step), metrics)
             bar.update(1)
-            last = iteration + 1 == num_iterations or stop.received is not None
+            stopped_by = stop.agreed(now=True)
+            last = iteration + 1 == num_iterations or stopped_by is not None
             if checkpointer is not None and (last or (iteration + 1) % checkpoint_every == 0):
                 checkpointer.save(state, memory)
-            if stop.received is not None:
+            if stopped_by is not None:
                 break
         if checkpointer is not None:
             checkpointer.wait()
-        if stop.received is not None:
-            raise Interrupted(stop.received, int(state.step))
+        if stopped_by is not None:
+            raise Interrupted(stopped_by, int(state.step))
     return state

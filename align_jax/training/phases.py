@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from align_jax.distributed import hosts
 from align_jax.errors import RunError
 from align_jax.files import write_file, write_json
 
@@ -17,7 +18,8 @@ Chunk = Callable[[], list[Record]]
 class Phases:
     """Runs a phase once: its records go to `samples/NAME.jsonl`, its seconds to `seconds.json`.
 
-    Without a directory nothing is kept, and every phase is run.
+    Without a directory nothing is kept, and every phase is run. The first host's files say what is
+    done; the others are told the records.
     """
 
     def __init__(self, directory: Path | None):
@@ -25,6 +27,7 @@ class Phases:
         self.seconds: dict[str, float] = {}
         if self._directory is not None and self._seconds_file.exists():
             self.seconds = json.loads(self._seconds_file.read_text(encoding="utf-8"))
+        self.seconds = hosts.broadcast_json(self.seconds)
 
     @property
     def _seconds_file(self) -> Path:
@@ -34,7 +37,7 @@ class Phases:
         return self._directory / f"{name}.jsonl"
 
     def done(self, name: str) -> bool:
-        return self._directory is not None and self._file(name).exists()
+        return self._directory is not None and _exists(self._file(name))
 
     def run(self, name: str, phase: Callable[[], list[Record]]) -> list[Record]:
         if self._directory is None:
@@ -63,22 +66,26 @@ class Phases:
             records: list[Record] = []
             for number, chunk in enumerate(chunks):
                 file = folder / f"{number:05d}.jsonl"
-                if not file.exists():
+                if not _exists(file):
                     self._write(file, chunk, name)
                 records += _read(file)
             self._write(self._file(name), lambda: finish(records), name)
-        shutil.rmtree(folder, ignore_errors=True)
+        hosts.on_first_host(lambda: shutil.rmtree(folder, ignore_errors=True))
         return self.read(name)
 
     def _write(self, file: Path, make: Callable[[], list[Record]], name: str) -> None:
         """Writes the records that `make` returns, and first how long the phase has taken so far."""
         started = time.monotonic()
         records = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-        write_json(self._seconds_file, self.seconds)
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        write_file(file, lines.encode("utf-8"))
+
+        def write() -> None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._seconds_file, self.seconds)
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            write_file(file, lines.encode("utf-8"))
+
+        hosts.on_first_host(write)
 
     def read(self, name: str) -> list[Record]:
         file = self._file(name)
@@ -87,6 +94,13 @@ class Phases:
         return _read(file)
 
 
+def _exists(file: Path) -> bool:
+    return hosts.on_first_host(file.exists)
+
+
 def _read(file: Path) -> list[Record]:
-    lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    def read() -> list[Record]:
+        lines = file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
+
+    return hosts.on_first_host(read)

@@ -13,16 +13,18 @@ from jax.sharding import Mesh, NamedSharding
 
 from align_jax.distributed.mesh import make_mesh, single_device_mesh
 from align_jax.distributed.partitioning import replicated
-from align_jax.errors import RunError
+from align_jax.errors import ModelError, RunError
 from align_jax.models.config import TransformerConfig
+from align_jax.models.dimensions import PROJECTIONS
 from align_jax.models.frozen import own_trained
-from align_jax.models.loading import abstract_transformer, load_model
+from align_jax.models.loading import abstract_model, abstract_transformer, load_model
 from align_jax.models.lora import add_adapters, merge_adapters
-from align_jax.models.tokenizers import load_tokenizer
+from align_jax.models.tokenizers import check_vocabulary, load_tokenizer
 from align_jax.models.transformer import Transformer
-from align_jax.settings import Settings
+from align_jax.settings import MAX_SEED, Settings
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.workdir import read_config
+from align_jax.trees import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,14 @@ class MeshSizes(Settings, key="config.mesh"):
     tensor: int = 1
     context: int = 1
 
+    def __post_init__(self):
+        super().__post_init__()
+        for axis, size in self.to_dict().items():
+            if size != -1 and not 1 <= size <= 2**20:
+                raise RunError(
+                    f"config.mesh.{axis} is {size}; expected a number of devices, 1 or more, or -1."
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora(Settings, key="config.lora"):
@@ -42,6 +52,16 @@ class Lora(Settings, key="config.lora"):
     rank: int = 0  # 0: none, every parameter is trained
     alpha: float = 16.0
     targets: str = "all"  # or some of "query,key,value,output,gate,up,down"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.between(0, 2**14, "rank")  # the widest models have no wider matrices
+        for name in [] if self.targets == "all" else self.targets.split(","):
+            if name.strip() not in PROJECTIONS:
+                raise RunError(
+                    f"config.lora.targets names {name.strip()!r}; expected 'all', or some of "
+                    f"{', '.join(PROJECTIONS)}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +89,7 @@ class RunConfig(Settings):
         super().__post_init__()
         self.one_of(("float32", "bfloat16", "float16"), "compute_dtype")
         self.one_of(("none", "linear", "full"), "remat")
-        self.at_least(0, "seed")
+        self.between(0, MAX_SEED, "seed")
         self.at_least(1, "checkpoint_every")
         if not self.offered_evaluators:
             self.at_default("this algorithm has no evaluators", "evaluators")
@@ -113,18 +133,46 @@ def with_adapters(config: RunConfig, model: Transformer, mesh: Mesh) -> Transfor
 
 
 def as_configured(
-    config: RunConfig, model: Transformer, mesh: Mesh | None, *, donate: bool
+    config: RunConfig,
+    model: Transformer,
+    tokenizer: Any,
+    mesh: Mesh | None,
+    *,
+    donate: bool,
+    directory: Path | None = None,
 ) -> tuple[Transformer, Mesh]:
     """A model to be trained: computing as `config` says, with its adapters, on a mesh.
 
     Args:
       mesh: where it is to lie; None keeps the model's placement.
       donate: whether training may consume the model's own arrays.
+      directory: the run's, whose config is to name the model; None if it has none.
+
+    Raises:
+      RunError: `config.model` is a model of other shapes, so the run could not be read again.
+      ModelError: the tokenizer has tokens that the model has not.
     """
+    check_vocabulary(tokenizer, model.config, config.model)
     if mesh is None:
         mesh = mesh_of(model)
+    if directory is not None:
+        _check_name(config, model, mesh)
     model = with_adapters(config, as_base(config, model), mesh)
     return (model if donate else own_trained(model)), mesh
+
+
+def _check_name(config: RunConfig, model: Transformer, mesh: Mesh) -> None:
+    try:
+        named = flatten(_abstract_pretrained(config, config.model, mesh))
+    except ModelError:
+        return
+    for name, leaf in flatten(model).items():
+        if name not in named or named[name].shape != leaf.shape:
+            raise RunError(
+                f"config.model = {config.model!r} names another model than the one given ({name} "
+                "differs), so the run could not be read again: set it to the directory, hub id or "
+                "word that the model was loaded from, or train without a workdir."
+            )
 
 
 def as_base(config: RunConfig, model: Transformer) -> Transformer:
@@ -157,10 +205,13 @@ def load_pretrained(config: RunConfig, path: str, mesh: Mesh) -> Transformer:
 
 def load_pretrained_tokenizer(path: str) -> Any:
     """The tokenizer of whatever `load_pretrained` reads."""
-    found = run_at(path)
-    if found is None:
-        return load_tokenizer(path)
-    return load_pretrained_tokenizer(found.config.model)
+    passed: list[Path] = []
+    while (found := run_at(path)) is not None:
+        if found.folder.resolve() in passed:
+            raise RunError(f"{found.folder / 'config.json'} says the run began from itself.")
+        passed.append(found.folder.resolve())
+        path = found.config.model
+    return load_tokenizer(path)
 
 
 class StoredRun(NamedTuple):
@@ -188,8 +239,20 @@ def run_at(path: str | os.PathLike) -> StoredRun | None:
     content = read_config(folder) if (folder / "config.json").is_file() else {}
     if "algorithm" not in content:
         return None
+    for name in ("algorithm", "result", "init"):
+        if not isinstance(content.get(name, ""), str):
+            raise RunError(
+                f"{folder / 'config.json'} is damaged: its {name!r} is {content[name]!r}."
+            )
     if "result" in content:
-        return run_at(folder / content["result"])
+        part = folder / content["result"]
+        # A part lies inside, so that following results comes to an end.
+        if not part.resolve().is_relative_to(folder.resolve()) or part.samefile(folder):
+            raise RunError(
+                f"{folder / 'config.json'} is damaged: its 'result', {content['result']!r}, is no "
+                "directory in the run's own."
+            )
+        return run_at(part)
     known = {field.name for field in dataclasses.fields(RunConfig)}
     config = RunConfig.from_dict({k: value for k, value in content.items() if k in known})
     # An online policy may have started from another model than its reference.
@@ -213,13 +276,22 @@ def restored_model(
             model = load_pretrained(config, start or config.model, mesh)
             model = with_adapters(config, model, mesh)
         else:
-            architecture = dataclasses.replace(
-                checkpointer.architecture(),
-                compute_dtype=config.compute_dtype,
-                remat=config.remat,
-            )
-            model = abstract_transformer(architecture, mesh)
+            try:
+                model = _abstract_pretrained(config, config.model, mesh)
+            except ModelError:  # it has gone since; the checkpoint knows its sizes
+                settings = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+                architecture = dataclasses.replace(checkpointer.architecture(), **settings)
+                model = abstract_transformer(architecture, mesh)
         return checkpointer.restore_model(model)
+
+
+def _abstract_pretrained(config: RunConfig, path: str, mesh: Mesh) -> Transformer:
+    """The shapes of `load_pretrained`."""
+    found = run_at(path)
+    if found is not None:
+        return _abstract_pretrained(config, found.config.model, mesh)
+    settings = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    return abstract_model(path, mesh=mesh, **settings)
 
 
 def restored_running(
@@ -239,6 +311,8 @@ def restored_running(
 @contextlib.contextmanager
 def _checkpoints(directory: Path) -> Iterator[Checkpointer]:
     """Reads the checkpoints of a run directory; `RunError` if there is none yet."""
+    if (directory / "checkpoints").is_file():
+        raise RunError(f"{directory / 'checkpoints'} is a file; expected the run's checkpoints.")
     missing = RunError(f"{directory} has no checkpoint yet: its run has not got that far.")
     if not (directory / "checkpoints").is_dir():
         raise missing

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from align_jax.data.dataset import Data
-from align_jax.data.tokenise import Example
+from align_jax.data.tokenise import ENCODER_VERSION, Example
+from align_jax.distributed import hosts
 from align_jax.distributed.partitioning import replicated
 from align_jax.files import write_file
 from align_jax.models.transformer import Transformer
@@ -32,20 +34,54 @@ def reference_log_probs(
 ) -> np.ndarray:
     """Summed log-probability of every response under `model`: `[examples, responses]`, nats.
 
-    Cached under a key of the model's parameters and configuration and of every token and mask,
-    hence of the lengths they were cut to: another model, data set or limit never meets a stale
-    file.
+    Cached under a key of the model's parameters and configuration, of the encoder's version, and of
+    every token and mask, hence of the lengths they were cut to: another model, data set or limit
+    never meets a stale file. The key and a checksum stand in the file, too; a file that they do not
+    fit is made anew, which is said. The first host's cache counts: the others are told.
     """
-    file = cache_directory() / "reference" / f"{_key(model, examples)}.npy"
-    if file.exists():
-        return np.load(file, allow_pickle=False)
+    key = _key(model, examples)
+    file = cache_directory() / "reference" / f"{key}.npz"
+    shape = (len(examples), len(examples[0].responses))
+    values = _read(file, key, shape) if hosts.first() else None
+    if hosts.broadcast_json(values is not None):
+        return hosts.broadcast_array(np.zeros(shape, np.float32) if values is None else values)
     values = compute_log_probs(model, mesh, examples, data)
-    if jax.process_index() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        np.save(content, values)
-        write_file(file, content.getvalue())
+    hosts.on_first_host(lambda: _write(file, key, values))
     return values
+
+
+def _read(file: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The values in a cache file; None if there is none, or one of other or changed values."""
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            values, found = content["values"], str(content["checksum"])
+        if values.dtype != np.float32 or values.shape != shape:
+            raise ValueError(f"it holds {values.dtype} {values.shape}, not float32 {shape}")
+        if found != _checksum(key, values):
+            raise ValueError("its checksum does not fit its values")
+    # numpy and zipfile raise anything on damaged files.
+    except Exception as error:
+        print(
+            f"warning: the cached reference log-probabilities in {file} cannot be used ({error}); "
+            "they are computed anew.",
+            file=sys.stderr,
+        )
+        return None
+    return values
+
+
+def _write(file: Path, key: str, values: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.savez(content, values=values, checksum=np.array(_checksum(key, values)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, content.getvalue())
+
+
+def _checksum(key: str, values: np.ndarray) -> str:
+    """A digest of the key and the values; a file copied to another key's name does not fit."""
+    return hashlib.sha256(key.encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
 def compute_log_probs(
@@ -71,7 +107,7 @@ def compute_log_probs(
 
 def _key(model: Transformer, examples: Sequence[Example]) -> str:
     config = dataclasses.replace(model.config, remat="none")  # changes no number
-    digest = hashlib.sha256(repr(config).encode())
+    digest = hashlib.sha256(f"encoder {ENCODER_VERSION} {config!r}".encode())
     digest.update(fingerprint(model).encode())
     for example in examples:
         for part in (example.prompt, *example.responses, *example.response_masks):

@@ -172,7 +172,7 @@ def made_experience(lengths, samples):
     numbers = np.arange(len(lengths), dtype=np.float32)
     scored = Scored(rollout.log_probs, rollout.log_probs, None)
     return iteration.Experience(
-        iteration.Collected([], rollout, numbers, {}),
+        iteration.Collected([], rollout, numbers, {}, numbers > np.inf),
         iteration.Evaluated(scored, scored, None),
         numbers,
         Estimate(numbers, numbers[:, None] * rollout.mask, None),

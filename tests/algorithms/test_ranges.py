@@ -96,7 +96,7 @@ TRAINED = [name for name in CONFIGS if "optimizer" in CONFIGS[name]]
         ("num_iterations", 10**12, "at most 1000000"),
         ("epochs", 10**9, "at most 1000"),
         ("dynamic_sampling", 10**9, "at most 1000"),
-        ("ensemble", 1_000_000, "at most 100"),
+        ("ensemble", 1_000_000, "at most 1000"),
         ("evaluation.base_samples", 10_000_000, "at most 65536"),
         ("evaluation.trained_samples", 10_000_000, "at most 65536"),
     ],

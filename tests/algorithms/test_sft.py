@@ -10,7 +10,7 @@ from align_jax.algorithms import sft
 from align_jax.data import batching, dataset
 from align_jax.data.builtin import load_builtin
 from align_jax.data.dataset import Data
-from align_jax.errors import DataError
+from align_jax.errors import DataError, RunError
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.training import pretrained
@@ -97,4 +97,12 @@ def test_a_wrong_record_from_python_is_named():
     with pytest.raises(DataError, match=r"records\[1\]: field 'completion' is missing"):
         sft.train(
             load_model("tiny"), load_tokenizer("tiny"), [RECORDS[0], {"prompt": "x"}], sft.Config()
+        )
+
+
+def test_a_workdir_whose_config_names_another_model_is_refused(tmp_path):
+    config = sft.Config(model="tiny:gpt2", num_steps=1, data=Data(batch_size=4, max_length=64))
+    with pytest.raises(RunError, match="config.model = 'tiny:gpt2' names another model than"):
+        sft.train(
+            load_model("tiny"), load_tokenizer("tiny"), RECORDS, config, workdir=tmp_path / "run"
         )

@@ -26,7 +26,7 @@ VALID = [
     ("sft", {"prompt": "a", "completion": "b"}),
     ("sft", {"prompt": USER, "completion": ANSWER}),
     ("preference", {"prompt": "a", "chosen": "b", "rejected": ""}),
-    ("preference", {"prompt": USER, "chosen": ANSWER, "rejected": ANSWER}),
+    ("preference", {"prompt": USER, "chosen": ANSWER, "rejected": [message("assistant", "no")]}),
     ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.5}),
     ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "strength": "slightly"}),
     ("ranked", {"prompt": "a", "completions": ["b", "c", "d"], "ranks": [1, 0, 1]}),
@@ -149,7 +149,11 @@ INVALID = [
     ("preference", {"prompt": 1, "chosen": "b", "rejected": "c"}, "'prompt'.*int 1"),
     ("preference", {"promt": "a", "chosen": "b", "rejected": "c"}, "'promt'.*'prompt'"),
     ("preference", {"chosen": "b", "rejected": ANSWER}, "'rejected'.*same type as 'chosen'"),
-    ("preference", {"chosen": ANSWER, "rejected": ANSWER}, "'chosen' is no whole conversation"),
+    (
+        "preference",
+        {"chosen": ANSWER, "rejected": [message("assistant", "no")]},
+        "'chosen' is no whole conversation",
+    ),
     ("preference", {"prompt": "x", "chosen": USER + ANSWER, "rejected": ANSWER}, "'chosen'.*a str"),
     (
         "preference",

@@ -2,40 +2,20 @@
 
 import json
 import pathlib
-import socket
-import subprocess
-import sys
 
 import pytest
 
 from align_jax.training.metrics import read_metrics
-from tests.devices import environment_of, run_on_devices
+from tests.devices import run_on_devices
+from tests.distributed.two_hosts import ends_of, two_hosts
 
 SCRIPT = pathlib.Path(__file__).with_name("hosts.py")
 
 
 def run_on_two_hosts(workdir):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = environment_of(2) | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, workdir],
-            env=shared | {"JAX_PROCESS_ID": str(host)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for host in range(2)
-    ]
-    try:
-        for host in hosts:
-            _, errors = host.communicate(timeout=600)
-            assert host.returncode == 0, errors[-3000:]
-    finally:
-        for host in hosts:
-            host.kill()
+    with two_hosts(SCRIPT, workdir) as hosts:
+        for status, errors in ends_of(hosts, timeout=600):
+            assert status == 0, errors[-3000:]
 
 
 def test_two_hosts_train_a_reward_model_and_a_policy_against_it_as_one_does(tmp_path):

@@ -134,7 +134,7 @@ def test_the_page_is_self_contained_and_embeds_the_pictures(written):
 def test_model_output_is_shown_and_not_interpreted(written):
     page = Page(written / "index.html")
     (row,) = [row for row in page.rows if row[0] == "P"]
-    visible = HOSTILE.replace("\x00", "\ufffd").replace("\udc80", "?")
+    visible = HOSTILE.replace("\x00", r"\x00").replace("\udc80", r"\udc80")
     assert row == ["P", "B", "-0.25", visible, "+0.50"]
     assert "<i>tags</i>" in page.text and "Sentiment <b>& more</b>" in page.text
     assert "leans on <wonderful>." in page.text

@@ -13,10 +13,12 @@ from align_jax.distributed.mesh import make_mesh
 from align_jax.errors import RunError
 from align_jax.generation import rollout as rollouts
 from align_jax.generation.rollout import Rollout, Sampling
+from align_jax.generation.sampler import Generation
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.training.scoring import by_response, sum_by_response, target_log_probs
 from align_jax.training.step import place_batch
 from tests.generation.rollouts import made_rollout
+from tests.llama_tokenizer import llama_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +156,25 @@ def test_a_layout_has_room_for_every_group_and_none_beyond_the_token_budget(leng
     assert batch["tokens"].shape == (2, layout.length)
     assert batch["target_mask"].shape == (2, layout.targets)
     assert batch["target_mask"].sum() == sum(lengths)
+
+
+def test_a_completion_keeps_the_space_it_begins_with(monkeypatch):
+    tokenizer = llama_tokenizer()
+    yes, end = tokenizer.convert_tokens_to_ids("\u2581yes"), tokenizer.eos_token_id
+
+    def generate(model, prompts, **_):
+        rows = np.array([[yes, end]] * len(prompts), np.int32)
+        return Generation(rows, np.ones((len(prompts), 2)), np.zeros((len(prompts), 2)))
+
+    monkeypatch.setattr(rollouts, "generate", generate)
+    texts = ("A:", "A:<|sep|>")
+    prompts = [np.array(tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
+    mesh, keys = jax.make_mesh((1,), ("data",)), jax.random.split(jax.random.key(0), 2)
+    drawn = rollouts.roll_out(None, mesh, tokenizer, prompts, Sampling(max_new_tokens=2), keys=keys)
+    assert drawn.texts == [" yes", "yes"]
+
+
+def test_a_token_that_ends_completions_is_one_behind_text():
+    tokenizer = llama_tokenizer()
+    stops = rollouts.stop_tokens(tokenizer, Sampling(truncate_token="."))
+    assert stops[1] == tokenizer.convert_tokens_to_ids(".")

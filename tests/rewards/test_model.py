@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from align_jax.data.builtin import load_builtin
-from align_jax.errors import ModelError
+from align_jax.errors import ModelError, RewardError
 from align_jax.models.heads import ScalarModel
 from align_jax.models.interchange import load_model, load_tokenizer
 from align_jax.rewards.base import checked_scores, scores_and_components
-from align_jax.rewards.model import RewardModel, RewardScale, save_reward_model
+from align_jax.rewards.mixture import Combined
+from align_jax.rewards.model import RewardModel, RewardScale, reward_models, save_reward_model
+from tests.llama_tokenizer import llama_tokenizer
 
 SCALE = RewardScale(gain=1.7, bias=-0.3)
 
@@ -127,6 +129,38 @@ def test_prompts_are_bounded_as_in_training(model, tokenizer):
     expected = alone(model, [*prompt[-16:], *response[:16]])
     bounds = {"max_length": 32, "min_prompt_length": 16}
     np.testing.assert_allclose(score(**bounds), [expected], atol=2e-5)
+
+
+def test_what_a_reward_model_does_not_see_is_counted_and_said(model, tokenizer, caplog):
+    short = RewardModel([(model, dataclasses.replace(SCALE, max_length=20))], tokenizer)
+    same = "x" * 19
+    scores = short([{"prompt": "0"}] * 3, [same + "a" * 9, same + "b" * 9, "c"])
+    assert scores[0] == scores[1]
+    assert short.truncated.sum() == 2
+    assert "does not see the end of 2 of 3 completions" in caplog.text
+    caplog.clear()
+    short([{"prompt": "0123456789" * 5}], ["abc"])
+    assert short.truncated.sum() == 1 and not caplog.text
+    short([{"prompt": "0"}], ["a"])
+    assert short.truncated.sum() == 0
+
+
+def test_completions_that_cannot_fit_are_refused_before_sampling(model, tokenizer):
+    short = RewardModel([(model, dataclasses.replace(SCALE, max_length=20))], tokenizer)
+    records = [{"prompt": "0"}, {"prompt": "0123456789", "where": "f:2"}]
+    short.require_room(records, tokenizer, 9)
+    with pytest.raises(RewardError, match="f:2: the reward model reads 20 .*has 10, .*tokens = 10"):
+        short.require_room(records, tokenizer, 10)
+    # How many tokens another tokenizer makes of a completion is not known; its prompts are cut.
+    short.require_room(records, llama_tokenizer(), 10)
+    assert reward_models(short) == [short]
+    mixture = Combined({"a": short}, relative=False)
+    assert reward_models(mixture) == [short]
+
+
+def test_a_tokenizer_the_model_has_no_embeddings_for_is_refused(model):
+    with pytest.raises(ModelError, match="the reward model: the tokenizer has ids up to .*is 264"):
+        RewardModel([(model, SCALE)], llama_tokenizer())
 
 
 def test_no_completions_and_unequal_lists(reward):

@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from align_jax.errors import RunError
@@ -81,11 +82,11 @@ def test_the_model_alone_is_restored(mesh, folder):
         np.testing.assert_array_equal(leaf, flatten(state.model)[name])
 
 
-def test_only_the_newest_is_kept(mesh, folder):
+def test_the_newest_two_are_kept(mesh, folder):
     state = make_state(mesh)
     for step in (1, 2, 5):
         save(folder, state._replace(step=jnp.int32(step)), {})
-    assert [path.name for path in folder.iterdir()] == ["5"]
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "5"]
 
 
 def test_another_shape_is_refused_by_the_parameters_name(mesh, folder):
@@ -129,7 +130,7 @@ def test_what_a_killed_run_left_half_written_is_ignored_and_cleaned_by_the_next_
     reader.close()
     assert len(list(folder.iterdir())) == 3  # another process may be writing them just now
     save(folder, make_state(mesh, step=5), {"next_example": 10})
-    assert [path.name for path in folder.iterdir()] == ["5"]
+    assert sorted(path.name for path in folder.iterdir()) == ["4", "5"]
 
 
 def damaged(path, how):
@@ -187,23 +188,94 @@ def test_too_little_space_is_said_with_both_sizes(monkeypatch, tmp_path):
         usage = types.SimpleNamespace(free=size)
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
 
-    free(4 * 2**30)
+    free(6 * 2**30)
     require_space(tmp_path, state)
-    free(4 * 2**30 - 1)
-    with pytest.raises(RunError, match=r"has 4.00 GiB free.* need 4.00 GiB.*--workdir"):
+    free(6 * 2**30 - 1)
+    with pytest.raises(RunError, match=r"has 6.00 GiB free.* need 6.00 GiB.*--workdir"):
         require_space(tmp_path, state)
     # What was half written is no checkpoint, and will be removed.
     (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
-    with pytest.raises(RunError, match="need 4.00 GiB"):
+    with pytest.raises(RunError, match="need 6.00 GiB"):
         require_space(tmp_path, state)
 
 
-def test_a_run_that_goes_on_has_the_first_of_two_checkpoints_on_the_disk(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("saved", "gibibytes"), [((4,), 4), ((2, 4), 2)])
+def test_a_run_that_goes_on_has_some_of_three_checkpoints_on_the_disk(
+    monkeypatch, tmp_path, saved, gibibytes
+):
     state = [jax.ShapeDtypeStruct((2**28,), jnp.float32)] * 2  # 2 GiB
-    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    usage = types.SimpleNamespace(free=2 * 2**30)
+    for step in saved:
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    usage = types.SimpleNamespace(free=gibibytes * 2**30)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
     require_space(tmp_path, state)
     usage.free -= 1
-    with pytest.raises(RunError, match="need 2.00 GiB"):
+    with pytest.raises(RunError, match=f"need {gibibytes}.00 GiB"):
         require_space(tmp_path, state)
+
+
+# --- other numbers, and the checkpoint before
+
+
+def change_one_number(folder, item):
+    """Writes a checkpoint's item again with one number changed: whole files, other bytes."""
+    handler = ocp.StandardCheckpointer()
+    leaves = handler.restore(folder / item)
+    name = [name for name in sorted(leaves) if leaves[name].dtype == jnp.float32][-1]
+    leaves[name] = leaves[name].at[(0,) * leaves[name].ndim].set(1e28)
+    shutil.rmtree(folder / item)
+    handler.save(folder / item, leaves)
+    handler.close()
+    (folder / "file_sizes.json").unlink()
+
+
+@pytest.mark.parametrize("item", ["model", "optimizer"])
+def test_files_that_are_whole_but_hold_another_number_are_refused(mesh, folder, item):
+    state = make_state(mesh, step=4, seed=5)
+    save(folder, state, {})
+    change_one_number(folder / "4", item)
+    with pytest.raises(RunError, match=f"the numbers in {item} are not those that were saved"):
+        Checkpointer(folder).restore(state)
+
+
+def test_where_the_newest_is_damaged_the_one_before_is_used_and_the_run_comes_by_again(
+    mesh, folder, capsys
+):
+    states = {step: make_state(mesh, step=step, seed=step) for step in (2, 4)}
+    for step, state in states.items():
+        save(folder, state, {"next_example": step})
+    change_one_number(folder / "4", "model")
+    reader = Checkpointer(folder)
+    reader.restore_model(load_model("tiny", mesh=mesh))
+    assert reader.latest_step() == 2
+    reader.close()
+    assert (folder / "4").exists()  # who only reads removes nothing
+    assert f"warning: the checkpoint of step 4 in {folder} cannot be read" in (
+        capsys.readouterr().err
+    )
+
+    writer = Checkpointer(folder, clean=True)
+    restored, data = writer.restore(make_state(mesh))
+    assert "The checkpoint before it is used." in capsys.readouterr().err
+    assert int(restored.step) == writer.latest_step() == 2 and data == {"next_example": 2}
+    for name, leaf in flatten(restored.model).items():
+        assert np.asarray(leaf).tobytes() == np.asarray(flatten(states[2].model)[name]).tobytes()
+    writer.save(states[4], {"next_example": 4})
+    writer.close()
+    assert capsys.readouterr().err == ""
+    assert Checkpointer(folder).restore(make_state(mesh))[1] == {"next_example": 4}
+
+
+def test_where_both_are_damaged_the_newest_is_named(mesh, folder):
+    for step in (2, 4):
+        save(folder, make_state(mesh, step=step), {})
+        change_one_number(folder / str(step), "model")
+    with pytest.raises(RunError, match="the checkpoint of step 4 in .* cannot be read"):
+        Checkpointer(folder).restore(make_state(mesh))
+
+
+def test_another_model_is_refused_though_there_is_a_checkpoint_before(mesh, folder):
+    save(folder, make_state(mesh, step=1), {})
+    save(folder, make_state(mesh, "tiny:gpt2", step=2), {})
+    with pytest.raises(RunError, match="step 2 .* belongs to another model"):
+        Checkpointer(folder).restore(make_state(mesh))

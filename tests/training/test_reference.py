@@ -66,7 +66,7 @@ def test_they_are_computed_once(mesh, data, examples, computed):
     data = dataclasses.replace(data, batch_size=3, rows=1)
     np.testing.assert_array_equal(reference_log_probs(again, mesh, examples, data), first)
     assert len(computed) == 1
-    assert [file.suffix for file in files()] == [".npy"]
+    assert [file.suffix for file in files()] == [".npz"]
 
 
 def test_every_change_that_matters_computes_anew(mesh, data, examples, computed):
@@ -108,6 +108,49 @@ def test_every_change_that_matters_computes_anew(mesh, data, examples, computed)
     reference_log_probs(model, mesh, examples[::-1], data)
     assert len(computed) == 5 + len(changes) + 2
     assert len(files()) == len(computed)
+
+
+def poisoned(file):
+    with np.load(file) as content:
+        values, checksum = content["values"].copy(), content["checksum"]
+    values[0, 0] += 1
+    np.savez(file, values=values, checksum=checksum)
+
+
+def reshaped(file):
+    with np.load(file) as content:
+        np.savez(file, values=content["values"][:2], checksum=content["checksum"])
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def another_keys(file):
+    values = np.zeros((3, 2), np.float32)
+    np.savez(file, values=values, checksum=np.array(reference._checksum("of another", values)))
+
+
+@pytest.mark.parametrize("damage", [poisoned, reshaped, cut, another_keys])
+def test_a_file_that_does_not_fit_is_named_and_made_anew(
+    mesh, data, examples, computed, capsys, damage
+):
+    model = load_model("tiny")
+    reference_log_probs(model, mesh, examples, data)
+    (file,) = files()
+    damage(file)
+    assert (reference_log_probs(model, mesh, examples, data) == -2).all()
+    assert f"warning: the cached reference log-probabilities in {file}" in capsys.readouterr().err
+    assert (reference_log_probs(model, mesh, examples, data) == -2).all()
+    assert capsys.readouterr().err == "" and len(computed) == 2
+
+
+def test_an_encoder_of_another_version_computes_anew(mesh, data, examples, computed, monkeypatch):
+    model = load_model("tiny")
+    reference_log_probs(model, mesh, examples, data)
+    monkeypatch.setattr(reference, "ENCODER_VERSION", reference.ENCODER_VERSION + 1)
+    reference_log_probs(model, mesh, examples, data)
+    assert len(computed) == 2
 
 
 def test_a_write_that_fails_leaves_no_file(mesh, data, examples, computed, monkeypatch):

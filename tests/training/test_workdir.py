@@ -2,6 +2,11 @@
 
 import json
 import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +15,9 @@ from ml_collections import ConfigDict
 from align_jax.errors import RunError
 from align_jax.files import write_file, write_json
 from align_jax.training import workdir as module
-from align_jax.training.workdir import Workdir, read_config
+from align_jax.training.workdir import Workdir, only_run_in, read_config
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -189,3 +196,101 @@ def test_the_config_of_before_paths_were_relative_is_still_read(tmp_path, config
     (part / "config.json").write_text(json.dumps(wanted.to_dict()))
     (part / "metrics.jsonl").write_text("")
     assert outer.part("ppo", wanted).path == part
+
+
+# --- one run at a time
+
+
+HOLDER = """
+import sys, time
+from align_jax.training.workdir import only_run_in
+with only_run_in(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the directory."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def locked_by(folder, **changes):
+    """The lock of this process, changed to look as if left by another."""
+    with only_run_in(folder):
+        content = json.loads((folder / "run.lock").read_text())
+    (folder / "run.lock").write_text(json.dumps(content | changes))
+    return folder / "run.lock"
+
+
+def test_a_second_run_is_refused_by_host_and_process_until_the_first_is_dead(tmp_path, holder):
+    with pytest.raises(RunError) as caught:
+        with only_run_in(tmp_path):
+            pass
+    message = str(caught.value)
+    assert f"another run is at work in {tmp_path}: process {holder.pid} on " in message
+    assert socket.gethostname() in message and "--workdir" in message
+    holder.kill()
+    holder.wait()
+    with only_run_in(tmp_path):
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_holds_its_directory_several_times_over_and_its_parts_apart(tmp_path, config):
+    workdir = Workdir(tmp_path, config)
+    with only_run_in(tmp_path), only_run_in(workdir.part("sft", config).path):
+        with only_run_in(tmp_path):
+            pass
+        assert (tmp_path / "run.lock").exists() and (tmp_path / "sft/run.lock").exists()
+    assert [path.name for path in tmp_path.rglob("*.lock")] == []
+
+
+def test_the_number_of_a_dead_process_that_another_has_now_holds_nothing(tmp_path):
+    locked_by(tmp_path, process_start="1")
+    with only_run_in(tmp_path):
+        pass
+
+
+def test_another_machines_run_is_gone_after_a_minute_without_a_heartbeat(tmp_path):
+    lock = locked_by(tmp_path, host="elsewhere", pid=7)
+    os.utime(lock, (0, lock.stat().st_mtime - 50))
+    with pytest.raises(RunError, match="process 7 on elsewhere, last heard of 5[01] seconds ago"):
+        with only_run_in(tmp_path):
+            pass
+    os.utime(lock, (0, lock.stat().st_mtime - 20))
+    with only_run_in(tmp_path):
+        pass
+
+
+def test_a_lock_that_a_kill_left_empty_is_gone_after_a_minute(tmp_path):
+    lock = tmp_path / "run.lock"
+    lock.touch()
+    with pytest.raises(RunError, match="an unknown host"):
+        with only_run_in(tmp_path):
+            pass
+    os.utime(lock, (0, lock.stat().st_mtime - 61))
+    with only_run_in(tmp_path):
+        pass
+
+
+def test_a_run_gives_signs_of_life_and_a_lock_is_no_beginning(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(module, "_BEAT", 0.02)
+    Workdir(tmp_path, config)
+    with only_run_in(tmp_path):
+        lock = tmp_path / "run.lock"
+        os.utime(lock, (0, 0))
+        deadline = time.monotonic() + 10
+        while lock.stat().st_mtime < 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        config.data.rate = 0.2
+        Workdir(tmp_path, config)  # nothing has begun
+    assert read_config(tmp_path)["data"]["rate"] == 0.2

@@ -104,7 +104,9 @@ def train(
     folder = Workdir.of(workdir, config)
     directory = folder and folder.path
     # The policy copies what it trains: the arrays of `model` are the reference's.
-    model, mesh = pretrained.as_configured(config, model, mesh, donate=True)
+    model, mesh = pretrained.as_configured(
+        config, model, tokenizer, mesh, donate=True, directory=directory
+    )
     reference = reference_of(model, mesh)
     trainer = Trainer(config, directory, mesh, tokenizer, task, model, reference)
     phases = Phases(directory)

@@ -11,8 +11,9 @@ from align_jax.algorithms.policy_gradient.methods import ADVANTAGES, LOSSES, Adv
 from align_jax.data.dataset import Data
 from align_jax.errors import RunError
 from align_jax.evaluation.evaluators import check_evaluators
-from align_jax.evaluation.policies import DISTINCT_SAMPLES, MAX_SAMPLES
+from align_jax.evaluation.policies import DISTINCT_SAMPLES
 from align_jax.generation.rollout import Sampling
+from align_jax.generation.sampler import MAX_SAMPLES
 from align_jax.rewards.configured import check_reward
 from align_jax.settings import Described, Settings
 from align_jax.training.optimizer import Optimizer

@@ -45,6 +45,7 @@ from align_jax.models.frozen import partition
 from align_jax.models.heads import ScalarHead
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import scores_and_components
+from align_jax.rewards.model import reward_models
 from align_jax.training.checkpoint import require_space
 from align_jax.training.online import Memory, train_online
 from align_jax.training.optimizer import make_optimizer, make_schedule
@@ -60,12 +61,14 @@ class Collected(NamedTuple):
       rollout: their completions.
       scores: `[N]`, the reward of each text.
       components: `[N]` by name, what a combined reward is made of.
+      truncated: `[N]` bool, whether a reward model read a text only in part.
     """
 
     examples: list[Example]
     rollout: Rollout
     scores: np.ndarray
     components: dict[str, np.ndarray]
+    truncated: np.ndarray
 
     def select(self, indices: Sequence[int]) -> "Collected":
         """Some of the prompts."""
@@ -75,6 +78,7 @@ class Collected(NamedTuple):
             self.rollout.select(indices),
             self.scores[rows],
             {name: values[rows] for name, values in self.components.items()},
+            self.truncated[rows],
         )
 
     @staticmethod
@@ -88,6 +92,7 @@ class Collected(NamedTuple):
                 name: np.concatenate([part.components[name] for part in parts])
                 for name in parts[0].components
             },
+            np.concatenate([part.truncated for part in parts]),
         )
 
 
@@ -218,6 +223,8 @@ class Trainer:
         experience = self.appraise(collected, evaluated, memory)
         state, memory, steps = self.update(state, memory, experience, layout, iteration)
         metrics = experience_metrics(experience) | update_metrics(steps)
+        if reward_models(self.task.reward):
+            metrics["reward/truncated"] = float(collected.truncated.sum())
         metrics["episode"] = float((iteration + 1) * len(experience.scores))
         metrics["seconds/sampling"] = sampled - begin
         metrics["seconds/iteration"] = time.monotonic() - begin
@@ -264,7 +271,10 @@ class Trainer:
         asked = [self.task.prompts.records[example.id] for example in examples]
         repeated = [record for record in asked for _ in range(rollout.samples)]
         scores, components = scores_and_components(self.task.reward, repeated, rollout.texts)
-        return Collected(examples, rollout, scores, components)
+        truncated = np.zeros(len(scores), bool)
+        for model in reward_models(self.task.reward):
+            truncated |= model.truncated
+        return Collected(examples, rollout, scores, components, truncated)
 
     def evaluate_completions(self, agent: Agent, rollout: Rollout, layout: Layout) -> Evaluated:
         """Log-probabilities and values of all completions, a micro-batch at a time."""

@@ -20,6 +20,7 @@ from align_jax.generation.rollout import stop_tokens
 from align_jax.models.locate import locate
 from align_jax.rewards.base import Reward, check_records
 from align_jax.rewards.configured import make_reward
+from align_jax.rewards.model import reward_models
 from align_jax.training import pretrained
 
 
@@ -82,7 +83,6 @@ def read_task(
     check_count(config, prompts.examples)
     if reward is None:
         reward = make_reward(config.reward, tokenizer=tokenizer, mesh=mesh)
-    check_records(reward, prompts.records)
     judge = reward
     if described := config.evaluation.reward:
         key = "config.evaluation.reward"
@@ -95,8 +95,10 @@ def read_task(
         )
     _check_models(config)
     held_out = _prompts(config, tokenizer, held_out) if held_out else Prompts([], [])
-    for one in (reward, judge):
-        check_records(one, held_out.records)
+    for one, asked in ((reward, prompts), (reward, held_out), (judge, held_out)):
+        check_records(one, asked.records)
+        for model in reward_models(one):
+            model.require_room(asked.records, tokenizer, config.sampling.max_new_tokens)
     measured = load_held_out(config, tokenizer, kind="prompt")
     return Task(prompts, held_out, reward, judge, _read_text(config, tokenizer), measured)
 

@@ -12,6 +12,7 @@ from align_jax.models.families.base import Family
 from align_jax.models.families.gpt2 import GPT2
 from align_jax.models.families.llama import Llama
 from align_jax.models.families.mistral import Mistral
+from align_jax.text import brief
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Llama(), Mistral(), GPT2())}
 
@@ -36,13 +37,17 @@ def config_from_hf(hf: dict[str, Any]) -> TransformerConfig:
     family = next((family for family in FAMILIES.values() if kind in family.model_types), None)
     if family is None:
         raise ModelError(
-            f"config.json: model_type {kind!r} is not supported; supported are {_supported()}."
+            f"config.json: model_type {brief(kind)} is not supported; supported are {_supported()}."
         )
     config = family.config_from_hf(hf)
     if config.num_heads % config.num_kv_heads:
         raise ModelError(
             f"config.json: {config.num_heads} attention heads cannot share {config.num_kv_heads} "
             "key-value heads evenly."
+        )
+    if not config.learned_positions and config.head_dim % 2:
+        raise ModelError(
+            f"config.json: 'head_dim' is {config.head_dim}; rotary positions need an even number."
         )
     return config
 

@@ -12,6 +12,7 @@ import numpy as np
 from align_jax.errors import ModelError
 from align_jax.models.config import TransformerConfig
 from align_jax.models.transformer import Transformer
+from align_jax.text import brief
 from align_jax.trees import flatten
 
 
@@ -132,17 +133,68 @@ def is_stacked(parameter: str) -> bool:
     return parameter.startswith("blocks.")
 
 
-def size(hf: dict[str, Any], key: str, default: int | None = None) -> int:
-    """The positive integer under `key`; an absent one is `default`."""
+# A width, a vocabulary or a context beyond this, and more layers, are a slip or an attack: merely
+# naming the tensors of a billion layers fills the memory.
+MAX_SIZE, MAX_LAYERS = 2**24, 10_000
+
+
+def size(hf: dict[str, Any], key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
+    """The positive integer under `key`, at most `most`; an absent one is `default`."""
     value = hf.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or value <= 0:
-        raise ModelError(f"config.json: {key!r} must be a positive integer, got {value!r}.")
+    if type(value) is not int or not 0 < value <= most:
+        bound = f" of at most {most:,}" if type(value) is int and value > 0 else ""
+        raise ModelError(
+            f"config.json: {key!r} must be a positive integer{bound}, got {brief(value)}."
+        )
     return value
+
+
+def number(hf: dict[str, Any], key: str, default: float | None = None, *, above: float) -> float:
+    """The finite number under `key`, more than `above`; an absent one is `default`."""
+    value = hf.get(key, default)
+    try:
+        if isinstance(value, int | float) and above < value < math.inf and type(value) is not bool:
+            return float(value)
+    except OverflowError:  # a whole number beyond every float
+        pass
+    raise ModelError(
+        f"config.json: {key!r} must be a number above {above:g}, and finite, got {brief(value)}."
+    )
+
+
+def flag(hf: dict[str, Any], key: str, default: bool) -> bool:
+    """The truth value under `key`; an absent one is `default`."""
+    value = hf.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ModelError(f"config.json: {key!r} must be true or false, got {brief(value)}.")
+    return value
+
+
+def mapping(hf: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under `key`; an absent one is empty."""
+    value = hf.get(key)
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise ModelError(f"config.json: {key!r} must be an object, got {brief(value)}.")
+    return value
+
+
+def head_width(hidden: int, heads: int) -> int:
+    """The width of each of `heads` that share `hidden`."""
+    if hidden % heads:
+        raise ModelError(
+            f"config.json: a hidden size of {hidden} cannot be shared by {heads} attention heads "
+            "evenly."
+        )
+    return hidden // heads
 
 
 def only(hf: dict[str, Any], key: str, supported: Any) -> None:
     """Refuses a setting that is there and is not the supported one."""
     value = hf.get(key)
     if value is not None and value != supported:
-        raise ModelError(f"config.json: {key}={value!r} is not supported, only {supported!r} is.")
+        raise ModelError(
+            f"config.json: {key}={brief(value)} is not supported, only {supported!r} is."
+        )

@@ -4,7 +4,17 @@ from typing import Any
 
 from align_jax.errors import ModelError
 from align_jax.models.config import TransformerConfig
-from align_jax.models.families.base import Family, TensorRule, only, size
+from align_jax.models.families.base import (
+    MAX_LAYERS,
+    Family,
+    TensorRule,
+    flag,
+    head_width,
+    number,
+    only,
+    size,
+)
+from align_jax.text import brief
 
 _LAYER = "transformer.h.{}."
 
@@ -49,7 +59,9 @@ class GPT2(Family):
     def config_from_hf(self, hf: dict[str, Any]) -> TransformerConfig:
         activation = hf.get("activation_function", "gelu_new")
         if activation not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ModelError(f"config.json: activation_function {activation!r} is not supported.")
+            raise ModelError(
+                f"config.json: activation_function {brief(activation)} is not supported."
+            )
         only(hf, "scale_attn_weights", True)
         only(hf, "scale_attn_by_inverse_layer_idx", False)
         only(hf, "add_cross_attention", False)
@@ -58,19 +70,19 @@ class GPT2(Family):
             family=self.name,
             vocab_size=size(hf, "vocab_size"),
             hidden_size=hidden,
-            num_layers=size(hf, "n_layer"),
+            num_layers=size(hf, "n_layer", most=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=heads,
-            head_dim=hidden // heads,
+            head_dim=head_width(hidden, heads),
             mlp_size=size(hf, "n_inner", 4 * hidden),
             context_length=size(hf, "n_positions", 1024),
             norm="layer",
-            norm_epsilon=float(hf.get("layer_norm_epsilon", 1e-5)),
+            norm_epsilon=number(hf, "layer_norm_epsilon", 1e-5, above=0),
             activation="gelu_tanh",
             gated_mlp=False,
             use_bias=True,
             learned_positions=True,
-            tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
+            tie_embeddings=flag(hf, "tie_word_embeddings", True),
         )
 
     def config_to_hf(self, config: TransformerConfig) -> dict[str, Any]:

@@ -4,7 +4,18 @@ from typing import Any, ClassVar
 
 from align_jax.errors import ModelError
 from align_jax.models.config import TransformerConfig
-from align_jax.models.families.base import Family, TensorRule, only, size
+from align_jax.models.families.base import (
+    MAX_LAYERS,
+    Family,
+    TensorRule,
+    flag,
+    head_width,
+    mapping,
+    number,
+    only,
+    size,
+)
+from align_jax.text import brief
 
 _LAYER = "model.layers.{}."
 
@@ -45,23 +56,24 @@ class Llama(Family):
         only(hf, "mlp_bias", False)
         heads, hidden = size(hf, "num_attention_heads"), size(hf, "hidden_size")
         theta, scaling = _rope(hf)
+        head_dim = hf.get("head_dim")
         return TransformerConfig(
             family=self.name,
             vocab_size=size(hf, "vocab_size"),
             hidden_size=hidden,
-            num_layers=size(hf, "num_hidden_layers"),
+            num_layers=size(hf, "num_hidden_layers", most=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=size(hf, "num_key_value_heads", self.default_kv_heads or heads),
-            head_dim=size(hf, "head_dim", hidden // heads),
+            head_dim=head_width(hidden, heads) if head_dim is None else size(hf, "head_dim"),
             mlp_size=size(hf, "intermediate_size"),
             context_length=size(hf, "max_position_embeddings", self.default_context_length),
             norm="rms",
-            norm_epsilon=float(hf.get("rms_norm_eps", 1e-6)),
+            norm_epsilon=number(hf, "rms_norm_eps", 1e-6, above=0),
             activation="silu",
             gated_mlp=True,
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            tie_embeddings=flag(hf, "tie_word_embeddings", False),
         )
 
     def config_to_hf(self, config: TransformerConfig) -> dict[str, Any]:
@@ -95,23 +107,24 @@ class Llama(Family):
 
 def _rope(hf: dict[str, Any]) -> tuple[float, tuple[tuple[str, float], ...] | None]:
     """Theta and scaling, in the spelling of transformers 5 (`rope_parameters`) or 4."""
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope = {**mapping(hf, "rope_scaling"), **mapping(hf, "rope_parameters")}
     if any(isinstance(value, dict) for value in rope.values()):
         raise ModelError(
             "config.json: rope_parameters that differ between layers are not supported."
         )
     only({**hf, **rope}, "partial_rotary_factor", 1.0)
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
+    theta = number({**hf, **rope}, "rope_theta", 10_000.0, above=0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise ModelError(
-            f"config.json: rope type {kind!r} is not supported, only 'default' and 'llama3' are."
+            f"config.json: rope type {brief(kind)} is not supported, only 'default' and 'llama3' "
+            "are."
         )
     rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
     names = ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings")
     missing = [name for name in names if rope.get(name) is None]
     if missing:
         raise ModelError(f"config.json: rope type 'llama3' needs {', '.join(missing)}.")
-    return theta, tuple((name, float(rope[name])) for name in names)
+    return theta, tuple((name, number(rope, name, above=0)) for name in names)

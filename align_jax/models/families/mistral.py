@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from align_jax.models.config import TransformerConfig
+from align_jax.models.families.base import size
 from align_jax.models.families.llama import Llama
 
 
@@ -19,7 +20,9 @@ class Mistral(Llama):
     default_context_length = 131_072
 
     def config_from_hf(self, hf: dict[str, Any]) -> TransformerConfig:
-        window = hf.get("sliding_window", 4096)  # null is no window, absent is the default
+        # null is no window, absent is the default
+        window = hf.get("sliding_window", 4096)
+        window = None if window is None else size(hf, "sliding_window", 4096)
         return dataclasses.replace(super().config_from_hf(hf), sliding_window=window)
 
     def config_to_hf(self, config: TransformerConfig) -> dict[str, Any]:
