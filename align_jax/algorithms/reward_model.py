@@ -40,6 +40,7 @@ from align_jax.algorithms.comparisons import (
     pairs_of,
     records_to_judge,
     texts_of,
+    warn_of_ties,
 )
 from align_jax.algorithms.reward_normalization import Normalization, ReferenceTexts
 from align_jax.data.dataset import records_of, tokenised
@@ -89,7 +90,8 @@ class Config(OfflineConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.between(1, 1000, "ensemble")
+        self.at_least(1, "ensemble")
+        self.at_most(1000, "ensemble")
         self.at_least(0, "held_out")
         self.one_of(LOSSES, "loss")
         self._check_fields_of_losses()
@@ -221,8 +223,10 @@ def read_inputs(
     loss, source = config.ranking_loss, f"{_in_words(records)}, the last {config.held_out}"
     if held_out:
         (parsed, last), source = _read(held_out, tokenizer, config), _in_words(held_out)
+    rankings = as_rankings(examples, loss, margins=config.margin_of_strength)
+    warn_of_ties(rankings)
     return Inputs(
-        as_rankings(examples, loss, margins=config.margin_of_strength),
+        rankings,
         records_to_judge(parsed, last, loss),
         source,
         reward_normalization.reference_texts(config.normalization, config, directory, mesh),

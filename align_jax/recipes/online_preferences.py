@@ -91,6 +91,7 @@ class Config(Settings):
         self.at_least(0, "seed")
         self.at_least(1, "rounds", "prompts")
         self.at_least(2, "samples")
+        self.at_most(1000, "rounds", "samples")  # every two samples of a prompt are compared
         if not self.reward_model.ranking_loss.ranked:
             raise RunError(
                 f"config.reward_model.loss is {self.reward_model.loss!r}, but the rounds make "
