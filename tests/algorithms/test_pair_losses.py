@@ -303,10 +303,10 @@ def test_unrelated_responses_of_a_hundred_thousand_records_take_no_time():
 
 
 def test_pairs_that_say_nothing_are_counted_and_the_first_is_named(tiny_config, tmp_path, caplog):
-    """Two of twelve: one written alike, and one that differs only past the cut."""
+    """Two of twelve differ only past the cut; what is written alike is refused when it is read."""
     records = [{"prompt": f"{n}:", "chosen": " up", "rejected": " down"} for n in range(12)]
-    records[4] = records[4] | {"rejected": " up"}
-    records[7] = records[7] | {"chosen": " a" * 40 + "b", "rejected": " a" * 40 + "c"}
+    for place in (4, 7):
+        records[place] |= {"chosen": " a" * 40 + "b", "rejected": " a" * 40 + "c"}
     overrides = write(tmp_path / "pairs.jsonl", records) | {
         "data.eval_source": "",
         "data.max_length": 24,
