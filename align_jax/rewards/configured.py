@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from align_jax.errors import DataError, ModelError, RewardError
 from align_jax.rewards import rules
-from align_jax.rewards.base import Comparer, Reward
+from align_jax.rewards.base import OF_USERS_CODE, Comparer, Reward
 from align_jax.rewards.judge import (
     ANSWER,
     OPTIONS,
@@ -285,7 +285,7 @@ def _imported(spec: str, key: str) -> Any:
                 "that holds it, or put that on PYTHONPATH."
             ) from error
         raise RewardError(f"{key} is {spec!r}: importing it fails: {error}.") from error
-    except Exception as error:
+    except OF_USERS_CODE as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(
             f"{key} is {spec!r}: importing it fails: {type(error).__name__}: {error} "

@@ -70,6 +70,8 @@ def test_an_exploding_loss_stops_with_its_step_and_examples_and_is_not_saved(
     message = str(caught.value)
     assert f"loss not finite at step {bad} (loss inf" in message
     assert f"on the batch of examples {batches[bad - 1]}." in message
+    assert "Look at these examples." in message
+    assert "lower config.optimizer.learning_rate" in message
     assert saved_steps(tmp_path) == [bad - 1]
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, bad))
 
