@@ -116,6 +116,14 @@ class Settings:
         """Raises `RunError` for a field that is not above `bound`; None passes."""
         self._compare(lambda value: value > bound, f"more than {bound}", names)
 
+    def at_most(self, bound: float, *names: str) -> None:
+        """Raises `RunError` for a field above `bound`; None passes."""
+        self._compare(lambda value: value <= bound, f"at most {bound}", names)
+
+    def below(self, bound: float, *names: str) -> None:
+        """Raises `RunError` for a field that is not below `bound`; None passes."""
+        self._compare(lambda value: value < bound, f"less than {bound}", names)
+
     def between(self, low: float, high: float, *names: str) -> None:
         """Raises `RunError` for a field outside `[low, high]`; None passes."""
         self._compare(lambda value: low <= value <= high, f"from {low} to {high}", names)

@@ -10,6 +10,10 @@ from typing import Any
 
 from align_jax.text import hint
 
+# What code of the user's own may raise. SystemExit too: `sys.exit(0)` would end the run as if it
+# were done.
+OF_USERS_CODE = (Exception, SystemExit)
+
 
 def load_callable(spec: str, key: str, *, error: type[Exception]) -> Callable[..., Any]:
     """The function, or instance with `__call__`, at `package.module:name`. Its module is run.
@@ -33,7 +37,7 @@ def load_callable(spec: str, key: str, *, error: type[Exception]) -> Callable[..
                 "that holds it, or put that on PYTHONPATH."
             ) from cause
         raise error(f"{key} is {spec!r}: importing it fails: {cause}.") from cause
-    except (Exception, SystemExit) as cause:
+    except OF_USERS_CODE as cause:
         frame = traceback.extract_tb(cause.__traceback__)[-1]
         raise error(
             f"{key} is {spec!r}: importing it fails: {type(cause).__name__}: {cause} "

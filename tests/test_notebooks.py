@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 from pathlib import Path
 
 import nbformat
@@ -44,3 +45,13 @@ def test_what_each_method_converges_to():
     assert all(abs(to_promise[name]) < 1e-3 for name in reached)
     elsewhere = ("IPO", "DPO, 20% flipped", "SimPO", "KTO", "GRPO (paper)")
     assert all(to_optimum[name] > 0.1 for name in elsewhere)
+
+
+def test_training_from_python():
+    """The notebook trains: the loss falls below that of no preference, the reward rises."""
+    path = next(p for p in NOTEBOOKS if p.stem == "train_from_python")
+    found = "[[row['loss'] for row in dpo.metrics], score, reward.summary['eval']['accuracy']]"
+    losses, scores, accuracy = execute(path, result=found)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < 0.5
+    assert sum(scores[-3:]) > sum(scores[:3])
+    assert accuracy > 0.75

@@ -1,7 +1,9 @@
-"""Comparisons for a reward model: from records to examples with ranks and margins, and to pairs."""
+"""Comparisons: from records to examples with ranks and margins, to pairs, and what ties in them."""
 
 import dataclasses
+import itertools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from align_jax.data.records import Record
 from align_jax.data.tokenise import Example
 from align_jax.errors import RunError
 from align_jax.losses.ranking import RankingLoss
+
+_log = logging.getLogger(__name__)
 
 # Margins by preference strength (Touvron et al. 2023, appendix A.3.3, table 27): significantly
 # better, better, slightly better, negligibly better or unsure.
@@ -74,6 +78,34 @@ def as_rankings(
             f"all {len(out)} records rank all of their completions alike, which says nothing."
         )
     return out
+
+
+def warn_of_ties(examples: Sequence[Example]) -> None:
+    """Warns of comparisons that teach nothing, with how many there are and where the first is.
+
+    These are a pair or ranking whose responses became the same tokens (perhaps by the cut at
+    `max_length`), and a ranking that puts all of its responses in one place.
+    """
+    tied = [example for example in examples if _is_tied(example)]
+    if tied:
+        _log.warning(
+            "%d of %d comparisons are between responses of the same tokens or the same rank, which "
+            "teaches nothing; the first is %s",
+            len(tied),
+            len(examples),
+            tied[0].extras.get("where", f"example {tied[0].id}"),
+        )
+
+
+def _is_tied(example: Example) -> bool:
+    """Whether every two responses of different rank are the same tokens."""
+    ranks = np.asarray(example.extras.get("ranks", (0, 1)), np.float32)
+    return not any(
+        (first < second or second < first) and not np.array_equal(one, other)
+        for (first, one), (second, other) in itertools.combinations(
+            zip(ranks, example.responses), 2
+        )
+    )
 
 
 def _margin(example: Example, margins: Mapping[str, float] | None) -> float:

@@ -25,6 +25,7 @@ from align_jax.errors import RunError
 from align_jax.evaluation.policies import DISTINCT_SAMPLES, summarise, write_comparison
 from align_jax.evaluation.report import format_summary
 from align_jax.generation.rollout import Sampling
+from align_jax.generation.sampler import MAX_SAMPLES
 from align_jax.models.tokenizers import encode_texts
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.rules import RULES, of_completions
@@ -49,6 +50,7 @@ class HeldOut(Settings, key="config.evaluation"):
         self.at_least(1, "prompts")
         self.at_least(4 * DISTINCT_SAMPLES, "base_samples")
         self.at_least(DISTINCT_SAMPLES, "trained_samples")
+        self.at_most(MAX_SAMPLES, "base_samples", "trained_samples")
 
 
 @dataclasses.dataclass(frozen=True)

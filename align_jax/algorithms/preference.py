@@ -24,8 +24,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from align_jax.algorithms import Source, read_sources
+from align_jax.algorithms.comparisons import warn_of_ties
 from align_jax.data.batching import Attach, by_length, check_lengths
 from align_jax.data.dataset import Data, Records, examples_of
+from align_jax.data.loader import numbers_below
 from align_jax.data.tokenise import Example
 from align_jax.errors import DataError, RunError
 from align_jax.evaluation import evaluators
@@ -177,16 +179,19 @@ class Provider:
 
 
 def with_unrelated(examples: Sequence[Example], config: Config) -> list[Example]:
-    """Adds to each example of one response that of the next: KTO's sample for its KL.
+    """Adds to each example of one response that of another prompt: KTO's sample for its KL.
 
     (x, y') of unrelated x and y' stands in for a sample of the policy (Ethayarajh et al. 2024,
-    section 4.1). It is cut to `max_length` with its prompt. `DataError` for less than two examples.
-    """
-    if len(examples) < 2:
-        raise DataError(f"config.loss = {config.loss!r} needs at least two records.")
+    section 4.1). y' is drawn by `config.seed` from all examples with another prompt, so that the
+    order of the records says nothing; it is cut to `max_length` with its prompt.
 
-    def both(one: Example, own: tuple, others: tuple) -> tuple[np.ndarray, ...]:
-        return *own, others[0][: max(config.data.max_length - len(one.prompt), 1)]
+    Raises:
+      DataError: all examples have the same prompt.
+    """
+    others = [examples[place] for place in _places_of_another_prompt(examples, config)]
+
+    def both(one: Example, own: tuple, theirs: tuple) -> tuple[np.ndarray, ...]:
+        return *own, theirs[0][: max(config.data.max_length - len(one.prompt), 1)]
 
     return [
         dataclasses.replace(
@@ -198,8 +203,25 @@ def with_unrelated(examples: Sequence[Example], config: Config) -> list[Example]
                 for name, arrays in one.token_extras.items()
             },
         )
-        for one, other in zip(examples, [*examples[1:], examples[0]])
+        for one, other in zip(examples, others, strict=True)
     ]
+
+
+def _places_of_another_prompt(examples: Sequence[Example], config: Config) -> np.ndarray:
+    """For every example the place of a random one with other prompt tokens, `[N]`."""
+    numbers: dict[bytes, int] = {}
+    prompts = np.array([numbers.setdefault(e.prompt.tobytes(), len(numbers)) for e in examples])
+    if len(numbers) < 2:
+        raise DataError(
+            f"config.loss = {config.loss!r} compares each response with one to another prompt, "
+            f"and there is one prompt only in {len(examples)} records."
+        )
+    order = np.argsort(prompts, kind="stable")  # records of one prompt stand together
+    counts = np.bincount(prompts)
+    after = np.cumsum(counts)[prompts]  # the place in `order` after those of the same prompt
+    # The seed is offset so that this draw is not that of the loader, whose key is (seed, epoch).
+    drawn = numbers_below(len(examples) - counts[prompts], config.seed + 2**36)
+    return order[(after + drawn) % len(examples)]
 
 
 def desensitized(examples: Sequence[Example], config: Config) -> list[Example]:
@@ -367,6 +389,8 @@ def train(
     loss = LOSSES[config.loss] if loss is None else loss
     check_loss(loss, config)
     examples = _examples(records, tokenizer, loss, config)
+    if not loss.labelled:
+        warn_of_ties(examples)
     held_out = _held_out(held_out, tokenizer, loss, config)
     measured = evaluators.load_held_out(config, tokenizer, kind=_kind(loss))
     if donate and measured:

@@ -29,7 +29,6 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from align_jax.algorithms import Source, reward_normalization
@@ -41,12 +40,14 @@ from align_jax.algorithms.comparisons import (
     pairs_of,
     records_to_judge,
     texts_of,
+    warn_of_ties,
 )
 from align_jax.algorithms.reward_normalization import Normalization, ReferenceTexts
 from align_jax.data.dataset import records_of, tokenised
 from align_jax.data.loader import sample_with_replacement
 from align_jax.data.records import Record
 from align_jax.data.tokenise import Example
+from align_jax.distributed import hosts
 from align_jax.distributed.partitioning import replicated
 from align_jax.errors import RunError
 from align_jax.evaluation import evaluators
@@ -89,7 +90,8 @@ class Config(OfflineConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.between(1, 1000, "ensemble")
+        self.at_least(1, "ensemble")
+        self.at_most(1000, "ensemble")
         self.at_least(0, "held_out")
         self.one_of(LOSSES, "loss")
         self._check_fields_of_losses()
@@ -221,8 +223,10 @@ def read_inputs(
     loss, source = config.ranking_loss, f"{_in_words(records)}, the last {config.held_out}"
     if held_out:
         (parsed, last), source = _read(held_out, tokenizer, config), _in_words(held_out)
+    rankings = as_rankings(examples, loss, margins=config.margin_of_strength)
+    warn_of_ties(rankings)
     return Inputs(
-        as_rankings(examples, loss, margins=config.margin_of_strength),
+        rankings,
         records_to_judge(parsed, last, loss),
         source,
         reward_normalization.reference_texts(config.normalization, config, directory, mesh),
@@ -389,10 +393,10 @@ def train_and_save(
     whole reward model in `directory` or none.
     """
     folder = directory / DIRECTORY
-    if folder.exists():
+    if hosts.on_first_host(folder.exists):
         return
     partial = directory / f".{DIRECTORY}"
-    shutil.rmtree(partial, ignore_errors=True)
+    hosts.on_first_host(lambda: shutil.rmtree(partial, ignore_errors=True))
     for number, own in enumerate(_member_directories(config, directory)):
         own.mkdir(parents=True, exist_ok=True)
         member = train_member(
@@ -401,13 +405,14 @@ def train_and_save(
         target = partial / str(number) if config.ensemble > 1 else partial
         save_reward_model(member.model, tokenizer, target, scale=member.scale)
         del member
-    if jax.process_index() == 0:
+
+    def put_in_place() -> None:
         if config.ensemble > 1:
             members = [str(number) for number in range(config.ensemble)]
             write_json(partial / "reward.json", {"members": members})
         os.replace(partial, folder)
-    if jax.process_count() > 1:  # who has written nothing goes on to read it
-        multihost_utils.sync_global_devices(f"saved {folder}")
+
+    hosts.on_first_host(put_in_place)
 
 
 def _member_directories(config: Config, directory: Path) -> list[Path]:

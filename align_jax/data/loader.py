@@ -29,7 +29,12 @@ def permutation(size: int, *key: int) -> np.ndarray:
 
 def sample_with_replacement(size: int, *key: int) -> np.ndarray:
     """`size` numbers below `size` that depend on `key` alone, as `permutation`'s do."""
-    return (_words(size, key) % np.uint64(size)).astype(np.int64)
+    return numbers_below(np.full(size, size), *key)
+
+
+def numbers_below(bounds: np.ndarray, *key: int) -> np.ndarray:
+    """A number from 0 to below each of `bounds` `[N]`, all above 0; they depend on `key` alone."""
+    return (_words(len(bounds), key) % bounds.astype(np.uint64)).astype(np.int64)
 
 
 def _words(size: int, key: Sequence[int]) -> np.ndarray:

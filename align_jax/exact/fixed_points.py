@@ -127,7 +127,7 @@ def best_response(world: World) -> Array:
 def kl_in_loss(
     world: World, utility: Callable[[Array], Array], *, estimator: str, price: float
 ) -> Array:
-    """The policy at which sampled gradients of `utility(pi)` plus price x k2 or k3 per token vanish.
+    """Where sampled policy gradients of `utility(pi)` plus price x k2 or k3 per token are 0.
 
     The penalty's gradient stops at its own token, so a prefix pays nothing for where it leads:
     with Q(s, a) = E[utility | s, a], k2 gives pi(a|s) = ref(a|s) exp(Q / price) / Z(s), and k3,

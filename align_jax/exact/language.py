@@ -2,8 +2,8 @@
 
 Symbols are EOS = 0 and 1..V; a response is every string that ends in EOS or has `max_length`
 symbols, so the probabilities of all N responses to a prompt sum to 1 whatever the policy. Policies
-and rewards are `[P,N]` float64 arrays (P prompts), policies as log-probabilities in nats. The module
-is NumPy only, so it shares no code with the losses that it judges.
+and rewards are `[P,N]` float64 arrays (P prompts), policies as log-probabilities in nats. This
+module is NumPy only, so it shares no code with the losses that it judges.
 """
 
 import dataclasses

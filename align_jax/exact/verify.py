@@ -40,7 +40,8 @@ from align_jax.exact.table import (
     policy_of,
     rescaled,
 )
-from align_jax.user_code import load_callable
+from align_jax.text import one_line
+from align_jax.user_code import OF_USERS_CODE, load_callable
 
 # Where a policy's gradient is compared: policies that are neither reference nor optimum.
 POINTS = 3
@@ -316,7 +317,7 @@ def _guarded(f: Loss, kind: Kind, name: str) -> Loss:
     def guarded(*arrays):
         try:
             return f(*arrays)
-        except Exception as error:
+        except OF_USERS_CODE as error:
             frames = traceback.extract_tb(error.__traceback__)
             own = [x for x in frames if x.filename == file] or frames[-1:]
             shapes = sorted({f"{jnp.shape(x)} {jnp.result_type(x)}" for x in arrays})
@@ -324,7 +325,7 @@ def _guarded(f: Loss, kind: Kind, name: str) -> Loss:
             if isinstance(error, jax.errors.JAXTypeError):
                 hint = " Use jax.numpy, and no Python `if` on values: the loss is compiled."
             raise RunError(
-                f"{call} raises {type(error).__name__}: {str(error).splitlines()[0]} "
+                f"{call} raises {type(error).__name__}: {one_line(str(error))} "
                 f"({own[-1].filename}:{own[-1].lineno}), for arrays of {', '.join(shapes)}.{hint}"
             ) from error
 

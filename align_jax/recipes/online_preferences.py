@@ -47,6 +47,7 @@ from align_jax.algorithms.reward_model import Config as RewardModelConfig
 from align_jax.data.dataset import prompts_of
 from align_jax.data.loader import permutation
 from align_jax.data.sources import load_as_configured
+from align_jax.distributed import hosts
 from align_jax.errors import RunError
 from align_jax.files import write_file
 from align_jax.rewards.base import Comparer
@@ -90,6 +91,7 @@ class Config(Settings):
         self.at_least(0, "seed")
         self.at_least(1, "rounds", "prompts")
         self.at_least(2, "samples")
+        self.at_most(1000, "rounds", "samples")  # every two samples of a prompt are compared
         if not self.reward_model.ranking_loss.ranked:
             raise RunError(
                 f"config.reward_model.loss is {self.reward_model.loss!r}, but the rounds make "
@@ -261,8 +263,7 @@ def _reward_config(config: Config, folder: Path, number: int) -> reward_model.Co
     file = folder / f"round_{number}" / "all_comparisons.jsonl"
     records = _shuffled(records, config.seed + 2**35, number)
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    if jax.process_index() == 0 and not file.exists():
-        write_file(file, lines.encode("utf-8"))
+    hosts.on_first_host(lambda: file.exists() or write_file(file, lines.encode("utf-8")))
     model = config.reward_model
     data = dataclasses.replace(model.data, source=str(file), limit=0)
     return dataclasses.replace(model, seed=_seed(config, number, part=0), data=data)

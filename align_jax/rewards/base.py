@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from align_jax.distributed import hosts
 from align_jax.errors import DataError, ModelError, RewardError
+from align_jax.user_code import OF_USERS_CODE
 
 Records = Sequence[Mapping[str, Any]]
 Reward = Callable[[Records, Sequence[str]], Any]
@@ -105,8 +107,16 @@ def check_records(reward: Reward, records: Records) -> None:
     `check_records(records)`, which raises RewardError; others accept everything.
     """
     check = getattr(reward, "check_records", None)
-    if check is not None:
+    if check is None:
+        return
+    try:
         check(records)
+    except _EXPLAINED:
+        raise
+    except OF_USERS_CODE as error:
+        raise RewardError(
+            f"the reward {name_of(reward)} (check_records) {_raised(error)}."
+        ) from error
 
 
 def name_of(function: Any) -> str:
@@ -157,13 +167,17 @@ def _called(
         return call(slice(None))
     except _EXPLAINED:
         raise
-    except Exception as error:
+    except OF_USERS_CODE as error:
         index, error = _first_to_fail(call, len(records), error)
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise RewardError(
-            f"{label} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno}) for "
-            + _describe(index, records, texts)
-        ) from error
+        message = f"{label} {_raised(error)} for {_describe(index, records, texts)}"
+        raise RewardError(message) from error
+
+
+def _raised(error: BaseException) -> str:
+    """What code of the user's own raised, and where."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+    return f"{what}, which would have ended the run," if isinstance(error, SystemExit) else what
 
 
 def _validated(
@@ -177,19 +191,20 @@ def _validated(
             f"{label} returned {values[index]}, which is no finite float32, for "
             + _describe(index, records, texts)
         )
-    return out
+    # A reward of Python code may say something else on every host: the first one's counts.
+    return hosts.broadcast_array(out)
 
 
 def _first_to_fail(
-    call: Callable[[slice], Any], count: int, error: Exception
-) -> tuple[int, Exception]:
+    call: Callable[[slice], Any], count: int, error: BaseException
+) -> tuple[int, BaseException]:
     """By halves: an example that fails, and how. If none does alone, the last half's first."""
     low, high = 0, count
     while high - low > 1:
         middle = (low + high) // 2
         try:
             call(slice(low, middle))
-        except Exception as found:
+        except OF_USERS_CODE as found:
             high, error = middle, found
         else:
             low = middle

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from align_jax.data.sources import read_file
+from align_jax.distributed import hosts
 from align_jax.errors import RewardError
 from align_jax.files import write_file
 from align_jax.rewards.base import Records, text_of
@@ -56,9 +56,8 @@ class PeopleJudge:
     def __call__(self, records: Records, first: Sequence[str], second: Sequence[str]) -> np.ndarray:
         pairs = [_pair(*one) for one in zip(records, first, second, strict=True)]
         unique = {pair["id"]: pair for pair in pairs}  # a pair that is asked twice is shown once
-        if jax.process_index() == 0:
-            self._write_pairs(list(unique.values()))
-        labels = self._read_labels(set(unique))
+        hosts.on_first_host(lambda: self._write_pairs(list(unique.values())))
+        labels = hosts.on_first_host(lambda: self._read_labels(set(unique)))
         missing = [id for id in unique if id not in labels]
         if missing:
             raise WaitingForLabels(

@@ -273,3 +273,5 @@ class LengthTarget:
 def _require_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: {value!r} is no number.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: {value} is not finite.")

@@ -8,8 +8,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-
+from align_jax.distributed import hosts
 from align_jax.errors import RunError
 from align_jax.files import irregular, parse_json, write_file
 
@@ -79,7 +78,7 @@ class MetricWriter:
     ):
         self.rows: list[dict[str, float]] = []
         self._file = self._tensorboard = self._wandb = None
-        if workdir is None or jax.process_index() != 0:
+        if workdir is None or not hosts.first():
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)

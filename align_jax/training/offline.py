@@ -22,12 +22,15 @@ from align_jax.models.transformer import Transformer
 from align_jax.progress import progress
 from align_jax.training.checkpoint import Checkpointer, require_space
 from align_jax.training.metrics import MetricWriter
+from align_jax.training.not_finite import causes
 from align_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
 from align_jax.training.pretrained import RunConfig
 from align_jax.training.signals import Interrupted, StopSignals
 from align_jax.training.state import TrainState, init_state
 from align_jax.training.step import LossFunction, make_train_step, place_batch
 from align_jax.training.workdir import only_run_in
+
+MAX_EPOCHS, MAX_STEPS = 10**5, 10**7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,9 @@ class OfflineConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(0, "num_epochs", "num_steps")
+        # Before the first step all batches are looked at, so that none fails after hours.
+        self.at_most(MAX_EPOCHS, "num_epochs")
+        self.at_most(MAX_STEPS, "num_steps")
         self.at_least(1, "log_every")
         if self.data.batch_size % self.data.accumulation:
             raise RunError(
@@ -91,6 +97,7 @@ def count_steps(
             f"config.num_epochs = {config.num_epochs} of {num_examples} examples is less than "
             f"half a batch of config.data.batch_size = {data.batch_size}."
         )
+    config.optimizer.check_steps(num_steps)
     if directory is not None:
         optimizer = make_optimizer(config.optimizer, num_steps)
         trained, _ = partition(model)
@@ -220,9 +227,8 @@ def fit_offline(
         if broken:
             raise RunError(
                 f"{' and '.join(broken)} not finite at step {step} (loss {values['loss']}, "
-                f"grad_norm {values['grad_norm']}) on the batch of examples {ids}. Nothing was "
-                "saved since the last checkpoint; look at these examples or lower "
-                "config.optimizer.learning_rate."
+                f"grad_norm {values['grad_norm']}) on the batch of examples {ids}. "
+                + causes("these examples", updates=step - 1)
             )
         if step % log_every == 0 or step == num_steps:
             writer.write(step, values)

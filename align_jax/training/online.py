@@ -20,6 +20,7 @@ from align_jax.generation.samples import Sample, write_samples
 from align_jax.progress import progress
 from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.metrics import MetricWriter, read_metrics
+from align_jax.training.not_finite import causes
 from align_jax.training.pretrained import RunConfig
 from align_jax.training.signals import Interrupted, StopSignals
 from align_jax.training.state import TrainState
@@ -119,15 +120,18 @@ def fit_online(
     signals = StopSignals(active=checkpointer is not None)
     with bar, signals as stop, jax.set_mesh(mesh):
         for iteration in range(first, num_iterations):
+            updates = int(state.step)
             state, memory, metrics, samples = iterate(state, memory, iteration)
             memory = memory | {"iteration": iteration + 1}
             broken = sorted(name for name, value in metrics.items() if not np.isfinite(value))
             if broken:
+                # The objective is that of the samples, from before the iteration's updates.
+                if not any(name.startswith("objective/") for name in broken):
+                    updates = int(state.step) - 1
                 raise RunError(
                     f"{', '.join(broken)} not finite in iteration {iteration}, on the prompts "
                     f"{sorted({sample['prompt_id'] for sample in samples})[:8]} and others. "
-                    "Nothing was saved since the last checkpoint; lower "
-                    "config.optimizer.learning_rate."
+                    + causes("the rewards of its completions", updates=updates)
                 )
             save_samples(iteration, samples)
             writer.write(int(state.step), metrics)

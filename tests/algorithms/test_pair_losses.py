@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from align_jax.algorithms.preference import (
 from align_jax.data import batching
 from align_jax.data.batching import separate_responses
 from align_jax.data.dataset import Data, examples_of
-from align_jax.errors import RunError
+from align_jax.data.tokenise import Example
+from align_jax.errors import DataError, RunError
 from align_jax.losses.log_probs import token_log_probs
 from align_jax.losses.preference import LOSSES
 from align_jax.models.interchange import load_model, load_tokenizer
@@ -233,20 +235,89 @@ def test_kto_takes_its_kl_from_the_unrelated_responses(model, examples, tokens, 
         np.testing.assert_allclose(metrics["rewards/margins"], margins.sum(), rtol=1e-4, atol=1e-4)
 
 
-def test_an_unrelated_response_is_the_next_examples_and_fits(examples):
+def test_an_unrelated_response_is_another_prompts_and_fits(examples):
     limit = len(examples[0].prompt) + 4
     config = Config(loss="kto", data=Data(max_length=limit))
     given = [
         dataclasses.replace(one, token_extras={"token": one.responses}) for one in singles(examples)
     ]
+    places = []
     for i, one in enumerate(preference.prepared(given, LOSSES["kto"], config)):
-        other = examples[(i + 1) % 6].responses[0]
+        [place] = [
+            place
+            for place, other in enumerate(examples)
+            if other.responses[0][: len(one.responses[1])].tolist() == one.responses[1].tolist()
+        ]
+        places.append(place)
+        other = examples[place].responses[0]
         assert one.responses[0] is examples[i].responses[0]
         for own, tokens in zip(one.token_extras["token"], one.responses, strict=True):
             np.testing.assert_array_equal(own, tokens)
         kept = len(one.responses[1])
         assert kept == min(len(other), limit - len(one.prompt)) == len(one.response_masks[1])
-        np.testing.assert_array_equal(one.responses[1], other[:kept])
+    assert all(place != i for i, place in enumerate(places))
+
+
+def labelled(prompts):
+    """One example of one response for each of these prompts; the response is its own number."""
+    return [Example.of_samples(i, prompt, [[i]]) for i, prompt in enumerate(prompts)]
+
+
+def drawn(examples, seed=0):
+    """The numbers of the unrelated responses."""
+    found = preference.with_unrelated(examples, Config(loss="kto", seed=seed))
+    return [int(one.responses[1][0]) for one in found]
+
+
+def test_no_unrelated_response_answers_the_same_prompt():
+    """A good and a bad answer of each prompt, one after the other, as most sets have them."""
+    examples = labelled([[number // 2] for number in range(400)])
+    places = drawn(examples)
+    assert all(place // 2 != number // 2 for number, place in enumerate(places))
+    assert drawn(examples) == places != drawn(examples, seed=1)
+    # Any other record may be drawn, near or far.
+    distances = [(place - number) % 400 for number, place in enumerate(places)]
+    assert len(set(distances)) > 200 and len(set(places)) > 200
+
+
+def test_unrelated_responses_come_alike_from_all_other_prompts():
+    examples = labelled([[min(number, 3)] for number in range(8)])  # the last five have one prompt
+    counts = np.zeros((8, 8))
+    for seed in range(2000):
+        counts[np.arange(8), drawn(examples, seed)] += 1
+    own = np.minimum(np.arange(8), 3)
+    other = own[:, None] != own[None]
+    np.testing.assert_allclose(counts / 2000, other / other.sum(1, keepdims=True), atol=0.05)
+
+
+def test_unrelated_responses_need_a_second_prompt():
+    with pytest.raises(DataError, match="config.loss = 'kto' .* one prompt only in 3 records"):
+        drawn(labelled([[1], [1], [1]]))
+
+
+def test_unrelated_responses_of_a_hundred_thousand_records_take_no_time():
+    examples = labelled([[number // 2] for number in range(100_000)])
+    begin = time.monotonic()
+    drawn(examples)
+    assert time.monotonic() - begin < 10
+
+
+def test_pairs_that_say_nothing_are_counted_and_the_first_is_named(tiny_config, tmp_path, caplog):
+    """Two of twelve differ only past the cut; what is written alike is refused when it is read."""
+    records = [{"prompt": f"{n}:", "chosen": " up", "rejected": " down"} for n in range(12)]
+    for place in (4, 7):
+        records[place] |= {"chosen": " a" * 40 + "b", "rejected": " a" * 40 + "c"}
+    overrides = write(tmp_path / "pairs.jsonl", records) | {
+        "data.eval_source": "",
+        "data.max_length": 24,
+        "data.overlong": "truncate",
+        "num_steps": 1,
+    }
+    config = tiny_config("dpo", overrides)
+    preference.run(config, Workdir(tmp_path / "run", config))
+    said = [record.getMessage() for record in caplog.records if "teaches nothing" in record.message]
+    assert len(said) == 1 and said[0].startswith("2 of 12 comparisons")
+    assert said[0].endswith(f"the first is {tmp_path / 'pairs.jsonl'}:5")
 
 
 def write(file, records):

@@ -59,6 +59,7 @@ RLOO, GRPO, DPO = METHODS["rloo"], METHODS["grpo"], METHODS["online dpo"]
         (GRPO | {"value_coefficient": 0.2}, ("value_coefficient", "has no critic")),
         ({"baseline_decay": 0.5}, ("baseline_decay", "advantage=moving_baseline")),
         ({"kl.estimator": "k1"}, ("kl.estimator", "term of the loss")),
+        (GRPO | {"kl.estimator": "k1"}, ("kl.estimator is 'k1'", "no penalty", "to k2 or k3")),
         ({"kl.horizon": 10}, ("kl.horizon", "kl.target=0")),
         ({"missing_eos_score": -2.0}, ("missing_eos_score", "missing_eos=ignore")),
         ({"ptx.gamma": 1.0}, ("ptx.gamma", "ptx.source=''")),
@@ -84,6 +85,16 @@ def test_fields_that_contradict_each_other_or_would_be_ignored_are_refused(
     [
         {"dual_clip": 1.5, "importance_cap": 2.0, "whiten_rewards": True},
         {"max_approx_kl": 0.1, "epochs": 3},
+        GRPO | {"kl.estimator": "k2"},
+        GRPO
+        | {
+            "loss": "cispo",
+            "aggregation": "dapo",
+            "kl.placement": "reward",
+            "kl.coefficient": 0.0,
+            "clip_range": 1.0,
+            "clip_range_high": 4.0,
+        },
         GRPO | {"kl.target": 6.0, "dynamic_sampling": 2},
         GRPO | {"scale_rewards": False, "clip_range_high": 0.28},
         DPO | {"kl.coefficient": 0.1},

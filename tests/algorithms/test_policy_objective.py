@@ -373,6 +373,34 @@ def test_kl_entropy_and_value_terms_are_added(model, critic):
     np.testing.assert_allclose(parts.loss, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["ppo", "cispo"])
+def test_the_samplers_correction_weighs_the_policys_loss_alone(model, loss):
+    config = config_of(
+        loss=loss,
+        critic="shared",
+        kl__placement="loss",
+        entropy_coefficient=0.05,
+        value_coefficient=0.3,
+    )
+    agent = Agent(model, ScalarHead(model.config.hidden_size, key=jax.random.key(3)))
+    importance = (np.random.default_rng(4).uniform(0.2, 2, MASK.shape) * MASK).astype(np.float32)
+    plain, weighed = (
+        make_objective(config)(agent, batch)
+        for batch in (batch_of(), batch_of(importance=importance))
+    )
+    mean = lambda x: (x * MASK).sum() / MASK.sum()  # noqa: E731
+    advantages = np.asarray(batch_of().completions.advantages)
+    # The ratio is 1, so the loss of a token is minus its advantage; CISPO's has log p as a factor.
+    token = -advantages
+    if loss == "cispo":
+        token = token * log_probs_by_hand(model, batch_of())
+    for sums, factor in ((plain, 1.0), (weighed, importance)):
+        np.testing.assert_allclose(sums.metrics["loss/policy_avg"], mean(factor * token), rtol=1e-4)
+    rest = [sums.loss - sums.metrics["loss/policy_avg"] for sums in (plain, weighed)]
+    np.testing.assert_allclose(rest[0], rest[1], rtol=1e-5)
+    assert plain.metrics["loss/kl_avg"] == weighed.metrics["loss/kl_avg"]
+
+
 def test_online_dpo_is_the_loss_of_the_pairs(model):
     batch = batch_of()
     sums = make_objective(config_of(loss="dpo", critic="none", kl__coefficient=0.3))(

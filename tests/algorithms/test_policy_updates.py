@@ -80,12 +80,14 @@ def test_token_losses_are_weighed_by_the_capped_ratio_of_trainer_to_sampler(
         metrics[cap] = new_trainer(settings, name=str(cap))[0].fit()[1][-1]
     (plain, drawn), (capped, _) = batches
     ratio = np.exp(plain.old_log_probs - drawn, dtype=np.float64)
-    expected = plain.weights * np.minimum(ratio, 1.5)
+    importance = np.minimum(ratio, 1.5)
     mask = plain.mask > 0
     assert (ratio[mask] > 1.5).any() and (ratio[mask] < 0.8).any()
-    np.testing.assert_allclose(capped.weights, expected, rtol=1e-5)
+    np.testing.assert_allclose(capped.importance, importance, rtol=1e-5)
+    np.testing.assert_array_equal(capped.weights, plain.weights)
+    assert plain.importance is None
     assert metrics[1.5]["val/sampler_gap"] > 0.5
-    for cap, weights in ((0.0, plain.weights), (1.5, expected)):
+    for cap, weights in ((0.0, plain.weights), (1.5, plain.weights * importance)):
         loss = -(weights * plain.advantages * plain.old_log_probs).sum()
         assert metrics[cap]["loss/policy_avg"] == pytest.approx(loss, rel=1e-3, abs=1e-4)
     assert metrics[0.0]["loss/policy_avg"] != pytest.approx(metrics[1.5]["loss/policy_avg"])
@@ -106,6 +108,20 @@ def test_text_in_micro_batches_is_the_whole_text(new_trainer):
     for name in ("loss", "loss/ptx_avg", "loss/policy_avg", "grad_norm"):
         assert out[0][name] == pytest.approx(out[1][name], rel=1e-4), name
     assert out[0]["loss/ptx_avg"] > 1
+
+
+def test_every_update_reads_the_next_text(new_trainer, monkeypatch):
+    settings = {"ptx.source": "builtin:tiny_sft", "ptx.batch_size": 4, "epochs": 2}
+    trainer, _ = new_trainer(METHODS["ppo"] | settings | {"num_iterations": 2})
+    read, original = [], trainer._text_batch
+
+    def recording(memory):
+        read.append(memory["next_text"])
+        return original(memory)
+
+    monkeypatch.setattr(trainer, "_text_batch", recording)
+    trainer.fit()
+    assert read == [4 * update for update in range(8)]
 
 
 def other_tokenizer():
@@ -150,14 +166,12 @@ def test_a_reward_model_reads_the_text_with_its_own_tokenizer(
     assert np.abs(np.subtract(by_hand["own"], by_hand["policy's"])).min() > 1e-3
 
 
-def test_micro_batches_hold_the_groups_in_order_with_their_values():
-    rollout = made_rollout([1, 6, 3, 2, 5, 4, 1, 1], samples=2)
-    data = Data(length_buckets=(16, 32))
-    layout = rollouts.layout_of(rollout, data, longest_prompt=9)
-    sampling = Sampling(prompts=4, samples=2, max_new_tokens=6)
-    numbers = np.arange(8.0, dtype=np.float32)
+def made_experience(lengths, samples):
+    """Completions of these lengths whose scores and advantages are their numbers."""
+    rollout = made_rollout(lengths, samples=samples)
+    numbers = np.arange(len(lengths), dtype=np.float32)
     scored = Scored(rollout.log_probs, rollout.log_probs, None)
-    experience = iteration.Experience(
+    return iteration.Experience(
         iteration.Collected([], rollout, numbers, {}, numbers > np.inf),
         iteration.Evaluated(scored, scored, None),
         numbers,
@@ -166,6 +180,64 @@ def test_micro_batches_hold_the_groups_in_order_with_their_values():
         None,
         0.05,
     )
+
+
+@pytest.mark.parametrize("aggregation", ["dapo", "grpo", "dr_grpo", "sum"])
+def test_the_weights_of_a_minibatch_are_of_its_own_completions(aggregation):
+    """Four prompts, two of them an update: what the other two drew changes nothing."""
+    experience = made_experience([1, 6, 3, 2, 5, 4, 1, 1], samples=2)
+    config = Config(
+        advantage="rloo",
+        critic="none",
+        aggregation=aggregation,
+        sampling=Sampling(prompts=4, samples=2, max_new_tokens=6),
+        minibatches=2,
+        epochs=1,
+        data=Data(length_buckets=(16, 32)),
+    )
+    rollout = experience.collected.rollout
+    layout = rollouts.layout_of(rollout, config.data, longest_prompt=9)
+    for groups in ([0, 3], [2, 1]):
+        made = iteration.minibatch(config, experience, layout, groups, on_policy=True).completions
+        mask = rollout.mask[rollout.rows(groups)]
+        tokens = mask.sum(1, keepdims=True)
+        divisor = {"dapo": mask.sum(), "grpo": 4 * tokens, "dr_grpo": 4 * 6, "sum": 4}[aggregation]
+        np.testing.assert_allclose(made.weights, mask / divisor, rtol=1e-6)
+        np.testing.assert_allclose(made.mean_weights, mask / mask.sum(), rtol=1e-6)
+
+
+def test_the_moving_baseline_keeps_its_past_by_its_decay(new_trainer):
+    trainer, _ = new_trainer(METHODS["reinforce"] | {"baseline_decay": 0.9})
+    experience = made_experience([1, 2], samples=1)  # the mean reward is 0.5
+    for before, expected in ((None, 0.5), (2.0, 0.9 * 2.0 + 0.1 * 0.5)):
+        memory = trainer.remember({"baseline": before, "kl_coefficient": 0.05}, experience)
+        assert memory["baseline"] == pytest.approx(expected)
+
+
+def test_every_iteration_and_every_attempt_samples_by_keys_of_its_own(new_trainer, monkeypatch):
+    """The same policy and the same prompts twice: only the iteration's number differs."""
+    settings = METHODS["rloo"] | {"dynamic_sampling": 2}
+    trainer, _ = new_trainer(settings, reward=lambda _, texts: np.zeros(len(texts)))
+    seen, original = [], rollouts.roll_out
+
+    def recording(*arguments, keys, **named):
+        seen.append(np.asarray(jax.random.key_data(keys)).tolist())
+        return original(*arguments, keys=keys, **named)
+
+    monkeypatch.setattr(rollouts, "roll_out", recording)
+    drawn = [trainer.collect(trainer.model, {"next_prompt": 0}, i)[0] for i in (0, 1, 0)]
+    first, second, again = (one.rollout.tokens.tolist() for one in drawn)
+    assert first == again != second
+    assert seen[:3] == seen[6:]  # attempts of iteration 0, and once more
+    keys = [tuple(key) for attempt in seen[:6] for key in attempt]
+    assert len(keys) == 6 * 8 == len(set(keys))
+
+
+def test_micro_batches_hold_the_groups_in_order_with_their_values():
+    experience = made_experience([1, 6, 3, 2, 5, 4, 1, 1], samples=2)
+    data = Data(length_buckets=(16, 32))
+    layout = rollouts.layout_of(experience.collected.rollout, data, longest_prompt=9)
+    sampling = Sampling(prompts=4, samples=2, max_new_tokens=6)
 
     def made(accumulation):
         config = Config(

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.algorithms.comparisons import as_rankings, attach
+from align_jax.algorithms.comparisons import as_rankings, attach, warn_of_ties
 from align_jax.algorithms.reward_model import Config, loss_sums
 from align_jax.data import batching
 from align_jax.data.dataset import Data
 from align_jax.data.tokenise import Example
 from align_jax.errors import RunError
+from align_jax.losses.ranking import LOSSES
 from align_jax.models.heads import ScalarModel, response_scores
 from align_jax.models.interchange import load_model, load_tokenizer
 
@@ -208,6 +209,25 @@ def test_batches_of_any_mixture_of_k_share_one_compilation(model):
     for start in (0, 2, 4):
         step(model, batch_of(prepared[start : start + 2]))
     assert step._cache_size() == 1
+
+
+def test_comparisons_that_say_nothing_are_counted_and_the_first_is_named(caplog):
+    rng = np.random.default_rng(0)
+    made = [example(rng, (3, 4, 5), id=i, ranks=[0, 1, 2]) for i in range(6)]
+    made[1] = dataclasses.replace(made[1], extras=made[1].extras | {"ranks": [1, 1, 1]})
+    made[3] = dataclasses.replace(made[3], responses=made[3].responses[:1] * 3)
+    # One response of another rank that differs is enough; equal ones of one rank are no matter.
+    made[4] = dataclasses.replace(
+        made[4],
+        responses=(*made[4].responses[:1] * 2, made[4].responses[2]),
+        extras=made[4].extras | {"ranks": [0, 0, 1]},
+    )
+    warn_of_ties(as_rankings(made, LOSSES["all_pairs"]))
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("2 of 6 comparisons") and said.endswith("the first is file:1")
+    caplog.clear()
+    warn_of_ties(made[4:])
+    assert not caplog.records
 
 
 def test_ranks_that_say_nothing_are_refused():

@@ -10,7 +10,7 @@ from jax.lax import stop_gradient
 
 from align_jax import losses
 from align_jax.algorithms import preference
-from align_jax.algorithms.policy_gradient import Config
+from align_jax.algorithms.policy_gradient import Config, Kl
 from align_jax.algorithms.policy_gradient.agent import Agent
 from align_jax.algorithms.policy_gradient.objective import (
     Completions,
@@ -99,16 +99,20 @@ def token_log_probs(world: World, policy: np.ndarray) -> np.ndarray:
 
 
 def policy_config(world: World, *, kl: dict | None = None, samples: int = 1, **fields) -> Config:
-    """Settings of `algorithms.policy_gradient`: sums over a response unless `fields` say else."""
-    return Config.from_dict(
+    """Settings of `algorithms.policy_gradient`: sums over a response unless `fields` say else.
+
+    `kl` is set past the checks of `Config`, which refuses k1 in the loss: the table shows why.
+    """
+    config = Config.from_dict(
         {
             "aggregation": "sum",
             "epochs": 1,
             "sampling": {"max_new_tokens": world.language.max_length, "samples": samples},
-            "kl": kl or {},
         }
         | fields
     )
+    object.__setattr__(config, "kl", Kl(**kl or {}))
+    return config
 
 
 def objective(config: Config):

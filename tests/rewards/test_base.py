@@ -1,4 +1,5 @@
 import decimal
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -236,6 +237,45 @@ def test_a_reward_whose_components_are_none_has_none():
     reward = returning([1] * 5)
     reward.components = None
     assert scores_and_components(reward, PROMPTS, TEXTS)[1] == {}
+
+
+@pytest.mark.parametrize("bad", [0, 3])
+def test_a_reward_that_leaves_the_program_ends_the_run_with_an_error(bad):
+    """`sys.exit(0)` would say that the run is done."""
+
+    def leaves(records, completions):
+        if TEXTS[bad] in completions:
+            sys.exit(0)
+        return [1.0] * len(completions)
+
+    message = r"the reward .*leaves raised SystemExit: 0 \(.*test_base.py:\d+\), which would have"
+    with pytest.raises(RewardError, match=message) as caught:
+        checked_scores(leaves, PROMPTS, TEXTS)
+    assert f"data.jsonl:{bad + 1}" in str(caught.value)
+    with pytest.raises(RewardError, match="the comparer .* raised SystemExit: 0"):
+        checked_probabilities(lambda records, first, second: sys.exit(0), PROMPTS, TEXTS, TEXTS)
+    reward = Parts()
+    reward.combine = lambda parts, records: sys.exit("no")
+    with pytest.raises(RewardError, match=r"Parts \(combine\) raised SystemExit: no"):
+        scores_and_components(reward, PROMPTS, TEXTS)
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyError("answer")])
+def test_a_check_of_records_that_raises_names_the_reward(error):
+    class Demanding:
+        def check_records(self, records):
+            raise error
+
+    with pytest.raises(RewardError, match=r"reward Demanding \(check_records\) raised .*:\d+\)"):
+        check_records(Demanding(), PROMPTS)
+
+
+def test_an_interrupt_is_no_error_of_the_reward():
+    def interrupted(records, completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checked_scores(interrupted, PROMPTS, TEXTS)
 
 
 def test_a_reward_without_demands_accepts_every_record():

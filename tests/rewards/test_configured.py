@@ -161,6 +161,7 @@ def test_modules_of_the_directory_a_command_is_started_in_are_found(tmp_path):
         ("import there_is_no_such_package", "importing it fails: No module named 'there_is_no"),
         ("x = 1 / 0", r"importing it fails: ZeroDivisionError.*broken_module_of_a_test.py:1\)"),
         ("def f(:", "importing it fails: SyntaxError"),
+        ("import sys\nsys.exit(0)", r"importing it fails: SystemExit: 0 \(.*a_test.py:2\)"),
     ],
 )
 def test_a_module_that_fails_says_how(module, code, message):

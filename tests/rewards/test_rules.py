@@ -1,3 +1,4 @@
+import math
 import sys
 from decimal import Decimal
 
@@ -238,6 +239,11 @@ def test_the_length_penalty_sets_in_before_the_limit():
             rules.LengthPenalty(16, wrong, unit="words")
     with pytest.raises(ValueError, match="^limit: '16' is no number"):
         rules.LengthPenalty("16", 4, unit="words")
+    for limit in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"^limit: {limit} is not finite"):
+            rules.LengthPenalty(limit, 4, unit="words")
+        with pytest.raises(ValueError, match=f"^target: {limit} is not finite"):
+            rules.LengthTarget(limit, unit="words")
 
 
 def test_the_length_target_is_a_distance_in_its_unit():

@@ -70,6 +70,8 @@ def test_an_exploding_loss_stops_with_its_step_and_examples_and_is_not_saved(
     message = str(caught.value)
     assert f"loss not finite at step {bad} (loss inf" in message
     assert f"on the batch of examples {batches[bad - 1]}." in message
+    assert "Look at these examples." in message
+    assert "lower config.optimizer.learning_rate" in message
     assert saved_steps(tmp_path) == [bad - 1]
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, bad))
 
@@ -134,6 +136,18 @@ def test_a_run_logs_every_so_many_steps_and_the_last_and_saves_the_last(tmp_path
     state = run_fit(tmp_path, mesh, counting_step, num_steps=5)
     assert int(state.step) == 5 and saved_steps(tmp_path) == [5]
     assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4, 5]
+
+
+def test_every_so_many_steps_and_the_last_are_saved(tmp_path, mesh, monkeypatch):
+    saved, save = [], Checkpointer.save
+
+    def recording(self, state, data):
+        saved.append((int(state.step), data["next_example"]))
+        save(self, state, data)
+
+    monkeypatch.setattr(Checkpointer, "save", recording)
+    run_fit(tmp_path, mesh, counting_step, num_steps=7, checkpoint_every=3)
+    assert saved == [(3, 6), (6, 12), (7, 14)]  # the batches have two examples
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

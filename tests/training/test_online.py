@@ -63,6 +63,28 @@ def test_a_metric_that_is_not_finite_ends_the_run_unsaved(mesh):
     assert not recorder.saved and not recorder.rows
 
 
+@pytest.mark.parametrize(
+    ("name", "iterations", "updates", "cause"),
+    [
+        ("objective/kl", 0, 4, "the learning rate is not the cause"),
+        ("loss", 0, 1, "the learning rate is not the cause"),
+        ("loss", 0, 4, "lower config.optimizer.learning_rate"),
+        ("objective/kl", 1, 1, "lower config.optimizer.learning_rate"),
+    ],
+)
+def test_the_learning_rate_is_blamed_for_what_came_after_an_update(
+    mesh, name, iterations, updates, cause
+):
+    """What is measured of the samples comes before the updates of its iteration."""
+
+    def iterate(state, memory, iteration):
+        metrics = {name: np.nan if iteration == iterations else 1.0}
+        return types.SimpleNamespace(step=state.step + updates), memory, metrics, []
+
+    with pytest.raises(RunError, match=f"{name} not finite in iteration {iterations}.*{cause}"):
+        run_loop(iterate, _Recorder(), mesh)
+
+
 def test_without_a_checkpointer_nothing_is_saved(mesh):
     recorder = _Recorder()
     step = lambda state, memory, _: (types.SimpleNamespace(step=state.step + 1), memory, {}, [])  # noqa: E731

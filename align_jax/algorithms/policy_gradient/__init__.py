@@ -19,8 +19,9 @@ They differ in three choices, each a field of the config: `loss` (what a token's
     DAPO        and aggregation=dapo, clip_range_high=0.28, dynamic_sampling, kl.coefficient=0
     GSPO        loss=gspo       and GRPO's, clip_range=3e-4, clip_range_high=4e-4: of the ratio of a
                                                            whole completion; Zheng et al. 2025
-    CISPO       loss=cispo      and GRPO's, clip_range=1, clip_range_high=4: of the weight, no lower
-                                                           bound; MiniMax 2025
+    CISPO       loss=cispo      advantage=grpo             aggregation=dapo, kl.coefficient=0,
+                                                           clip_range=1 (the weight has no lower
+                                                           bound), clip_range_high=4; MiniMax 2025
     online DPO  loss=dpo        beta is kl.coefficient     Guo et al. 2024 (OAIF); in
                                                            algorithms/online_preference.py
 

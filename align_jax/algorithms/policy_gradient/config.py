@@ -13,6 +13,7 @@ from align_jax.errors import RunError
 from align_jax.evaluation.evaluators import check_evaluators
 from align_jax.evaluation.policies import DISTINCT_SAMPLES
 from align_jax.generation.rollout import Sampling
+from align_jax.generation.sampler import MAX_SAMPLES
 from align_jax.rewards.configured import check_reward
 from align_jax.settings import Described, Settings
 from align_jax.training.optimizer import Optimizer
@@ -24,6 +25,8 @@ MISSING_EOS = ("ignore", "replace", "subtract")
 PLACEMENTS = ("reward", "loss")
 ESTIMATORS = ("k1", "k2", "k3")
 
+MAX_ITERATIONS, MAX_PASSES = 10**6, 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class Kl(Settings, key="config.kl"):
@@ -31,7 +34,7 @@ class Kl(Settings, key="config.kl"):
 
     coefficient: float = 0.05  # reward per nat; beta of online DPO
     placement: str = "reward"  # "reward": k1 of every token; "loss": a term with `estimator`
-    estimator: str = "k3"  # of the loss term: "k1" | "k2" | "k3"
+    estimator: str = "k3"  # of the loss term: "k2" | "k3"; k1's has no gradient on average
     target: float = 0.0  # nats a completion; 0: the coefficient is fixed
     horizon: int = 10_000  # completions; time constant of the coefficient's controller
 
@@ -82,6 +85,7 @@ class HeldOut(Settings, key="config.evaluation"):
         self.at_least(1, "prompts")
         self.at_least(4 * DISTINCT_SAMPLES, "base_samples")
         self.at_least(DISTINCT_SAMPLES, "trained_samples")
+        self.at_most(MAX_SAMPLES, "base_samples", "trained_samples")
         if self.reward:
             check_reward(self.reward, key="config.evaluation.reward")
 
@@ -117,7 +121,9 @@ class Config(RunConfig):
     # approxkl above which an iteration's updates end; 0: never. It is measured before an update
     # that is applied all the same, and is 0 before the first: 2 are always made.
     max_approx_kl: float = 0.0
-    importance_cap: float = 0.0  # of trainer over sampler probabilities; 0: no correction
+    # Above 0: the policy's token losses are multiplied by trainer over sampler probabilities, at
+    # most this; KL, entropy and critic are not. 0: no correction.
+    importance_cap: float = 0.0
     scale_rewards: bool = True  # grpo's division by the group's standard deviation
     dynamic_sampling: int = 0  # times that groups of equal rewards are replaced
     baseline_decay: float = 0.9  # of the moving baseline, per iteration
@@ -199,6 +205,8 @@ class Config(RunConfig):
         """Fields that are wrong by themselves."""
         self.at_least(1, "num_iterations", "epochs", "minibatches", "sampling.prompts")
         self.at_least(0, "clip_range_high", "max_approx_kl", "importance_cap", "dynamic_sampling")
+        self.at_most(MAX_ITERATIONS, "num_iterations")
+        self.at_most(MAX_PASSES, "epochs", "dynamic_sampling")
         self.at_least(0, "entropy_coefficient", "value_coefficient")
         self.above(0, "clip_range", "value_clip_range")
         self.between(0, 1, "baseline_decay", "discount", "lambda_")
@@ -219,6 +227,7 @@ class Config(RunConfig):
         """What an iteration samples, cut into passes, minibatches and micro-batches."""
         sampling, updates = self.sampling, self.epochs * self.minibatches
         parts = self.minibatches * self.data.accumulation
+        self.optimizer.check_steps(self.num_updates)
         if sampling.prompts % parts:
             raise RunError(
                 f"config.sampling.prompts = {sampling.prompts} is no multiple of "
@@ -291,6 +300,13 @@ class Config(RunConfig):
             self.at_default(why, "data.rows", "data.overlong", "data.min_prompt_length")
         if not self.kl_in_loss:
             self.at_default("no KL is a term of the loss", "kl.estimator")
+        elif self.kl.estimator == "k1":
+            raise RunError(
+                "config.kl.estimator is 'k1', which as a term of the loss "
+                "(config.kl.placement=loss) is no penalty: the expectation of its gradient is 0. "
+                "Set config.kl.estimator to k2 or k3, or take the KL off the reward with "
+                "config.kl.placement=reward."
+            )
         if self.missing_eos == "ignore":
             self.at_default("config.missing_eos=ignore changes no score", "missing_eos_score")
 

@@ -410,8 +410,6 @@ def _completions(config: Config, experience: Experience, rows: np.ndarray) -> Co
     mask[rows] = rollout.mask[rows]
     weights, budget = np.zeros_like(mask), config.sampling.max_new_tokens
     weights[rows] = aggregation_weights(mask[rows], method=config.aggregation, max_length=budget)
-    if experience.importance is not None:
-        weights *= experience.importance
     pairs = experience.pairs
     return Completions(
         mask=rollout.mask,
@@ -419,6 +417,7 @@ def _completions(config: Config, experience: Experience, rows: np.ndarray) -> Co
         ref_log_probs=evaluated.reference.log_probs,
         weights=weights,
         mean_weights=mask / mask.sum(),
+        importance=experience.importance,
         advantages=experience.estimate.advantages,
         old_values=evaluated.values,
         returns=experience.estimate.returns,

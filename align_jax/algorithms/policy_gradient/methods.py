@@ -61,7 +61,10 @@ class TokenLoss:
 
     def __call__(self, config: Config, new: Array, old: Array, completions: Completions) -> Array:
         """What a micro-batch adds to the loss of its minibatch: a scalar."""
-        return (completions.weights * self.function(config, new, old, completions)).sum()
+        losses = self.function(config, new, old, completions)
+        if completions.importance is not None:
+            losses *= completions.importance
+        return (completions.weights * losses).sum()
 
     def pairs(self, scores: np.ndarray, samples: int) -> Pairs | None:
         """Which completions are compared; token losses compare none."""

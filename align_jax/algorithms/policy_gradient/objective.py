@@ -107,6 +107,8 @@ class Completions(NamedTuple):
       old_log_probs, ref_log_probs: of the policy that sampled and of the reference, nats.
       weights: with which the token losses of the minibatch add up to its loss.
       mean_weights: likewise to the mean over its tokens.
+      importance: what corrects the policy's loss, and no other term, for the sampler; None without
+        `importance_cap`.
       advantages: None for a loss that takes none.
       old_values, returns: of the critic before the iteration, and what it is trained on; None
         without one.
@@ -118,6 +120,7 @@ class Completions(NamedTuple):
     ref_log_probs: Array
     weights: Array
     mean_weights: Array
+    importance: Array | None = None
     advantages: Array | None = None
     old_values: Array | None = None
     returns: Array | None = None
