@@ -284,6 +284,10 @@ FAULTS = [
             "jnp.where(weights > 0, values * weights, 0.0)",
             "jnp.where(weights > 0, values, 0.0)",
         ),
+    ),
+    *of(
+        "training/scoring.py",
+        "training/test_reference.py",
         scores_in_the_order_of_length=(
             "out[chosen] = values.reshape(len(chosen), responses)",
             "out[start : start + len(chosen)] = values.reshape(len(chosen), responses)",
@@ -399,9 +403,9 @@ FAULTS = [
             "loss -= config.entropy_coefficient",
             "loss += config.entropy_coefficient",
         ),
-        the_first_ratio_has_no_gradient=(
-            "> 0, stop_gradient(new), completions.old_log_probs)",
-            "> 0, new, completions.old_log_probs)",
+        the_ratio_is_always_1=(
+            "jnp.where(batch.on_policy[:, None] > 0, ",
+            "jnp.where(batch.on_policy[:, None] >= 0, ",
         ),
         the_critic_learns_all_its_error_twice=(
             "loss += config.value_coefficient * value_loss",
