@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from align_jax.models.interchange import load_model, load_tokenizer, save_model
     from align_jax.runs import open_run
 
+__version__ = "0.2.0.dev0"  # setup.cfg reads it here
+
 __all__ = ["load_model", "load_tokenizer", "open_run", "save_model"]
 
 

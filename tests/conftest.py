@@ -12,8 +12,10 @@ from align_jax.algorithms import settings_of
 from align_jax.config import load_config
 from align_jax.models.interchange import load_model, load_tokenizer
 
-# A shell starts background jobs with SIGINT ignored, and their children inherit that.
+# A shell starts background jobs with SIGINT ignored, nohup starts its command with SIGHUP ignored,
+# and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tiny models are compiled far longer than they run, in the processes that tests start, too.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

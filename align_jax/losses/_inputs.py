@@ -1,8 +1,13 @@
 """What every loss does to its inputs: float checks, float32, matching shapes, safe masking."""
 
+from typing import TypeGuard
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+# A hyperparameter: a Python number, or an array where it is traced or one value per example.
+Number = float | jax.Array
 
 # exp is exact up to this many nats and linear beyond. e^40 squared still fits in float32, so even
 # the squared gradient norm that an optimiser takes of a hopeless example stays finite.
@@ -64,7 +69,7 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def is_number(x: object) -> bool:
+def is_number(x: object) -> TypeGuard[float]:
     """Whether a hyperparameter is a plain number, and so can be checked even inside `jit`."""
     return isinstance(x, int | float)
 

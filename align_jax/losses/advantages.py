@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from align_jax.losses._inputs import (
     MAX_EXPONENT,
+    Number,
     as_float,
     as_mask,
     bounded_exp,
@@ -71,7 +72,7 @@ def kl_shaped_rewards(
     ref_log_probs: ArrayLike,
     mask: ArrayLike,
     *,
-    kl_coefficient: ArrayLike,
+    kl_coefficient: Number,
 ) -> jax.Array:
     """Per-token rewards: the KL penalty on every completion token, the score on the last one.
 
@@ -106,8 +107,8 @@ def gae(
     values: ArrayLike,
     mask: ArrayLike,
     *,
-    discount: ArrayLike = 1.0,
-    lambda_: ArrayLike = 0.95,
+    discount: Number = 1.0,
+    lambda_: Number = 0.95,
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimates and the returns that a value head is trained on.
 

@@ -13,6 +13,7 @@ from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 
 from align_jax.losses._inputs import (
+    Number,
     as_float,
     as_mask,
     bounded_exp,
@@ -67,8 +68,8 @@ def _advantages(advantages: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 def _clipped_surrogate(
     ratio: jax.Array,
     advantages: jax.Array,
-    clip_range: ArrayLike,
-    clip_range_high: ArrayLike | None,
+    clip_range: Number,
+    clip_range_high: Number | None,
 ) -> jax.Array:
     high = clip_range if clip_range_high is None else clip_range_high
     clipped = jnp.clip(ratio, 1 - clip_range, 1 + high)
@@ -93,9 +94,9 @@ def ppo_clip_loss(
     old_log_probs: ArrayLike,
     advantages: ArrayLike,
     *,
-    clip_range: ArrayLike = 0.2,
-    clip_range_high: ArrayLike | None = None,
-    dual_clip: ArrayLike | None = None,
+    clip_range: Number = 0.2,
+    clip_range_high: Number | None = None,
+    dual_clip: Number | None = None,
 ) -> jax.Array:
     """Policy gradient that stops once the ratio to the sampling policy has moved far enough.
 
@@ -143,8 +144,8 @@ def gspo_loss(
     advantages: ArrayLike,
     mask: ArrayLike,
     *,
-    clip_range: ArrayLike = 3e-4,
-    clip_range_high: ArrayLike | None = 4e-4,
+    clip_range: Number = 3e-4,
+    clip_range_high: Number | None = 4e-4,
 ) -> jax.Array:
     """Clipped surrogate in which a sequence's tokens share one ratio and are clipped together.
 
@@ -174,8 +175,8 @@ def cispo_loss(
     old_log_probs: ArrayLike,
     advantages: ArrayLike,
     *,
-    clip_range: ArrayLike = 1.0,
-    clip_range_high: ArrayLike = 4.0,
+    clip_range: Number = 1.0,
+    clip_range_high: Number = 4.0,
 ) -> jax.Array:
     """Policy gradient with clipped importance weights, so that every token keeps its gradient.
 
@@ -196,7 +197,7 @@ def cispo_loss(
 
 
 def truncated_importance_weights(
-    log_probs: ArrayLike, sampler_log_probs: ArrayLike, *, cap: ArrayLike = 2.0
+    log_probs: ArrayLike, sampler_log_probs: ArrayLike, *, cap: Number = 2.0
 ) -> jax.Array:
     """Weights that correct for a sampler whose probabilities differ from the trainer's.
 
@@ -217,7 +218,7 @@ def truncated_importance_weights(
 
 
 def clipped_value_loss(
-    values: ArrayLike, old_values: ArrayLike, returns: ArrayLike, *, clip_range: ArrayLike = 0.2
+    values: ArrayLike, old_values: ArrayLike, returns: ArrayLike, *, clip_range: Number = 0.2
 ) -> jax.Array:
     """Squared error of the value head, whose steps are clipped as the policy's are.
 
@@ -239,7 +240,7 @@ def clipped_value_loss(
     return jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2) / 2
 
 
-def ptx_loss(log_probs: ArrayLike, mask: ArrayLike, *, gamma: ArrayLike = 27.8) -> jax.Array:
+def ptx_loss(log_probs: ArrayLike, mask: ArrayLike, *, gamma: Number = 27.8) -> jax.Array:
     """PPO-ptx's pretraining term: likelihood of pretraining text, to be added to PPO's loss.
 
     loss[t] = -gamma log_probs[t]
@@ -254,9 +255,7 @@ def ptx_loss(log_probs: ArrayLike, mask: ArrayLike, *, gamma: ArrayLike = 27.8) 
     return -gamma * jnp.where(as_mask(mask, log_probs.shape), log_probs, 0.0)
 
 
-def entropy_bonus(
-    logits: ArrayLike, mask: ArrayLike, *, coefficient: ArrayLike = 0.01
-) -> jax.Array:
+def entropy_bonus(logits: ArrayLike, mask: ArrayLike, *, coefficient: Number = 0.01) -> jax.Array:
     """Loss term that rewards entropy: minus the entropy of each next-token distribution.
 
     loss[t] = coefficient sum_v p_v log p_v,  p = softmax(logits[t])

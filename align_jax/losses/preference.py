@@ -27,6 +27,7 @@ from jax.nn import log_sigmoid, sigmoid
 from jax.typing import ArrayLike
 
 from align_jax.losses._inputs import (
+    Number,
     as_float,
     as_mask,
     bounded_exp,
@@ -92,11 +93,11 @@ class Running:
     # Those of its entries that the loss's function takes as keywords.
     keywords: tuple[str, ...]
     # (values, beta) -> {name: [B]}, without gradient.
-    statistics: Callable[[Mapping[str, jax.Array], ArrayLike], dict[str, jax.Array]]
+    statistics: Callable[[Mapping[str, jax.Array], Number], dict[str, jax.Array]]
     # (state, sums, weight) -> the new state. `sums` holds the statistics, each multiplied by the
     # examples' weights and summed over the whole batch; `weight` is the sum of these weights.
     update: Callable[
-        [Mapping[str, jax.Array], Mapping[str, jax.Array], ArrayLike], dict[str, jax.Array]
+        [Mapping[str, jax.Array], Mapping[str, jax.Array], Number], dict[str, jax.Array]
     ]
 
     def start(self) -> dict[str, jax.Array]:
@@ -164,7 +165,7 @@ class PreferenceLoss:
         self,
         values: Mapping[str, jax.Array],
         *,
-        beta: ArrayLike,
+        beta: Number,
         running: Mapping[str, jax.Array] | None = None,
         **options: Any,
     ) -> jax.Array:
@@ -190,7 +191,7 @@ class PreferenceLoss:
             return loss
         return loss - sft_weight * values["chosen_average"]
 
-    def rewards(self, values: Mapping[str, jax.Array], *, beta: ArrayLike) -> tuple[jax.Array, ...]:
+    def rewards(self, values: Mapping[str, jax.Array], *, beta: Number) -> tuple[jax.Array, ...]:
         """Implicit rewards, [B] for each response: (chosen, rejected), or one if `labelled`.
 
         A reward is `beta` times the log-ratio of policy and reference, or, in a loss without a
@@ -248,8 +249,8 @@ def dpo_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
-    label_smoothing: ArrayLike = 0.0,
+    beta: Number = 0.1,
+    label_smoothing: Number = 0.0,
     margin: ArrayLike = 0.0,
 ) -> jax.Array:
     """Bradley-Terry likelihood of the comparison under the policy's implicit reward.
@@ -282,7 +283,7 @@ def length_normalized_dpo_loss(
     chosen_lengths: ArrayLike,
     rejected_lengths: ArrayLike,
     *,
-    beta: ArrayLike = 5.0,
+    beta: Number = 5.0,
 ) -> jax.Array:
     """DPO on log-ratios per token, so that a response earns no reward by its length alone.
 
@@ -312,7 +313,7 @@ def ld_dpo_log_probs(
     chosen_mask: ArrayLike,
     rejected_mask: ArrayLike,
     *,
-    alpha: ArrayLike,
+    alpha: Number,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities for DPO in which the surplus tokens of the longer response weigh `alpha`.
 
@@ -386,7 +387,7 @@ def wpo_loss(
     chosen_weights: ArrayLike,
     rejected_weights: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
+    beta: Number = 0.1,
 ) -> jax.Array:
     """DPO in which a pair counts more if the policy could have written both responses.
 
@@ -416,7 +417,7 @@ def f_dpo_loss(
     *,
     divergence: str,
     alpha: float = 0.5,
-    beta: ArrayLike = 0.1,
+    beta: Number = 0.1,
 ) -> jax.Array:
     """DPO for a policy that another divergence than the reverse KL keeps close to its reference.
 
@@ -471,7 +472,7 @@ def ipo_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
+    beta: Number = 0.1,
 ) -> jax.Array:
     """Squared distance of h to a finite target, so that certain labels do not drive it to infinity.
 
@@ -493,8 +494,8 @@ def robust_dpo_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
-    label_smoothing: ArrayLike = 0.0,
+    beta: Number = 0.1,
+    label_smoothing: Number = 0.0,
 ) -> jax.Array:
     """Unbiased estimate of the DPO loss on clean labels when labels are flipped at a known rate.
 
@@ -523,8 +524,8 @@ def exo_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
-    label_smoothing: ArrayLike = 1e-3,
+    beta: Number = 0.1,
+    label_smoothing: Number = 1e-3,
 ) -> jax.Array:
     """Reverse KL from the policy's choice between the two responses to the smoothed label.
 
@@ -558,8 +559,8 @@ def discopop_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
-    tau: ArrayLike = 0.05,
+    beta: Number = 0.1,
+    tau: Number = 0.05,
 ) -> jax.Array:
     """Logistic loss for comparisons that the policy gets wrong, exponential loss for the others.
 
@@ -588,7 +589,7 @@ def aot_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
+    beta: Number = 0.1,
 ) -> jax.Array:
     """Stochastic dominance of the policy's preference margins over the reference's.
 
@@ -619,7 +620,7 @@ def aot_unpaired_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
+    beta: Number = 0.1,
 ) -> jax.Array:
     """Stochastic dominance of chosen over rejected log-ratios, which need not share prompts.
 
@@ -642,7 +643,7 @@ def rso_hinge_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
+    beta: Number = 0.1,
 ) -> jax.Array:
     """Hinge on the implicit reward gap: SLiC with log-probabilities relative to the reference.
 
@@ -666,7 +667,7 @@ def nca_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
+    beta: Number = 0.1,
 ) -> jax.Array:
     """Contrasts each response with samples of the reference, which keeps the chosen one likely.
 
@@ -688,7 +689,7 @@ def sppo_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
+    beta: Number = 0.1,
     win_probability: ArrayLike = 1.0,
 ) -> jax.Array:
     """Squared distance of each log-ratio to where one step of self-play would put it.
@@ -722,7 +723,7 @@ def apo_zero_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
+    beta: Number = 0.1,
 ) -> jax.Array:
     """Raises the chosen response and lowers the rejected one.
 
@@ -745,7 +746,7 @@ def apo_down_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
+    beta: Number = 0.1,
 ) -> jax.Array:
     """Lowers both responses, the rejected one more.
 
@@ -768,8 +769,8 @@ def bco_loss(
     ref_chosen_logps: ArrayLike,
     ref_rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
-    delta: ArrayLike = 0.0,
+    beta: Number = 0.1,
+    delta: Number = 0.0,
 ) -> jax.Array:
     """Binary classification of the two responses: is the implicit reward above a threshold?
 
@@ -793,7 +794,7 @@ def _moved_mean(
     return mean + (total - weight * mean) / jnp.where(new_count > 0, new_count, 1.0), new_count
 
 
-def _bco_statistics(values: Mapping[str, jax.Array], beta: ArrayLike) -> dict[str, jax.Array]:
+def _bco_statistics(values: Mapping[str, jax.Array], beta: Number) -> dict[str, jax.Array]:
     return {"reward": stop_gradient(sum(BCO.rewards(values, beta=beta)) / 2)}
 
 
@@ -818,8 +819,8 @@ def bco_unpaired_loss(
     ref_logps: ArrayLike,
     desirable: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
-    delta: ArrayLike = 0.0,
+    beta: Number = 0.1,
+    delta: Number = 0.0,
 ) -> jax.Array:
     """`bco_loss` of single responses that people accepted or refused.
 
@@ -834,9 +835,7 @@ def bco_unpaired_loss(
     return -log_sigmoid(jnp.where(jnp.asarray(desirable).astype(bool), z, -z))
 
 
-def _bco_unpaired_statistics(
-    values: Mapping[str, jax.Array], beta: ArrayLike
-) -> dict[str, jax.Array]:
+def _bco_unpaired_statistics(values: Mapping[str, jax.Array], beta: Number) -> dict[str, jax.Array]:
     (reward,) = BCO_UNPAIRED.rewards(values, beta=beta)
     desirable = values["desirable"].astype(bool)
     return {
@@ -890,9 +889,9 @@ def kto_loss(
     desirable: ArrayLike,
     kl: ArrayLike,
     *,
-    beta: ArrayLike = 0.1,
-    desirable_weight: ArrayLike = 1.0,
-    undesirable_weight: ArrayLike = 1.0,
+    beta: Number = 0.1,
+    desirable_weight: Number = 1.0,
+    undesirable_weight: Number = 1.0,
 ) -> jax.Array:
     """Prospect-theoretic value of single responses that people found desirable or not.
 
@@ -932,7 +931,7 @@ KTO = PreferenceLoss(
 
 
 def cpo_loss(
-    chosen_logps: ArrayLike, rejected_logps: ArrayLike, *, beta: ArrayLike = 0.1
+    chosen_logps: ArrayLike, rejected_logps: ArrayLike, *, beta: Number = 0.1
 ) -> jax.Array:
     """DPO with a uniform reference: the contrastive term of CPO.
 
@@ -958,8 +957,8 @@ def simpo_loss(
     chosen_logps: ArrayLike,
     rejected_logps: ArrayLike,
     *,
-    beta: ArrayLike = 2.0,
-    gamma: ArrayLike = 1.0,
+    beta: Number = 2.0,
+    gamma: Number = 1.0,
 ) -> jax.Array:
     """Comparison of log-probabilities per token, which the chosen response should win by `gamma`.
 
@@ -1011,7 +1010,7 @@ def orpo_loss(chosen_avg_logps: ArrayLike, rejected_avg_logps: ArrayLike) -> jax
     return -log_sigmoid(log_odds(chosen) - log_odds(rejected))
 
 
-def _weighted_orpo(chosen: jax.Array, rejected: jax.Array, *, beta: ArrayLike) -> jax.Array:
+def _weighted_orpo(chosen: jax.Array, rejected: jax.Array, *, beta: Number) -> jax.Array:
     """The odds-ratio term times `beta`, the lambda of eq. 6."""
     return beta * orpo_loss(chosen, rejected)
 
@@ -1020,7 +1019,7 @@ ORPO = PreferenceLoss("orpo", _weighted_orpo, _AVERAGES, sft_weight=1.0)
 
 
 def slic_loss(
-    chosen_logps: ArrayLike, rejected_logps: ArrayLike, *, delta: ArrayLike = 1.0
+    chosen_logps: ArrayLike, rejected_logps: ArrayLike, *, delta: Number = 1.0
 ) -> jax.Array:
     """Hinge that asks the chosen response to be `delta` nats likelier than the rejected one.
 
@@ -1039,7 +1038,7 @@ def slic_loss(
     return jax.nn.relu(delta - chosen + rejected)
 
 
-def _scaled_slic(chosen: jax.Array, rejected: jax.Array, *, beta: ArrayLike) -> jax.Array:
+def _scaled_slic(chosen: jax.Array, rejected: jax.Array, *, beta: Number) -> jax.Array:
     """The hinge in units of its delta = 1 / `beta`, as in RSO."""
     return beta * slic_loss(chosen, rejected, delta=1 / beta)
 

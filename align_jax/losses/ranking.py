@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 
-from align_jax.losses._inputs import as_float, as_mask, is_number, require, same_shape_floats
+from align_jax.losses._inputs import (
+    Number,
+    as_float,
+    as_mask,
+    is_number,
+    require,
+    same_shape_floats,
+)
 from align_jax.losses._options import Option
 
 __all__ = [
@@ -79,8 +86,8 @@ def bradley_terry_loss(
     rejected_rewards: ArrayLike,
     *,
     margin: ArrayLike = 0.0,
-    label_smoothing: ArrayLike = 0.0,
-    center_coefficient: ArrayLike = 0.0,
+    label_smoothing: Number = 0.0,
+    center_coefficient: Number = 0.0,
 ) -> jax.Array:
     """Negative log-likelihood that the chosen response wins under Bradley-Terry.
 

@@ -221,9 +221,8 @@ def test_the_samplers_log_probs_are_those_of_the_trainers_forward_pass():
     ],
 )
 def test_bad_values_are_refused_by_their_place_in_the_config(model, lora, message):
-    config = preference.Config(model=model, lora=pretrained.Lora(**lora))
     with pytest.raises(RunError, match=message):
-        pretrained.open_model(config)
+        pretrained.open_model(preference.Config(model=model, lora=pretrained.Lora(**lora)))
 
 
 def test_two_devices_train_as_one_does():
