@@ -1,13 +1,15 @@
-"""The command line: train, generate, evaluate, export. Also installed as `align-jax`.
+"""The command line: train, generate, evaluate, export, verify. Also installed as `align-jax`.
 
     python -m align_jax train --config=FILE.py[:arg] --workdir=DIR [--config.key=value]...
     python -m align_jax generate --model=PATH_OR_WORKDIR --prompt=TEXT
     python -m align_jax evaluate --workdir=DIR [--data=SOURCE]
     python -m align_jax export --workdir=DIR --to=DIR
+    python -m align_jax verify PACKAGE.MODULE:LOSS --kind=pair|token|reward
 
 A config file is Python code, and `train` runs it: start only what you would run yourself.
 
-Exit status: 0 done; 2 something the user can mend, said in one message; 130 or 143 interrupted.
+Exit status: 0 done; 1 a loss that `verify` found wrong; 2 something the user can mend, said in one
+message; 130 or 143 interrupted.
 """
 
 import argparse
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     # Orbax logs with a traceback what it then raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        arguments.run(arguments, overrides)
+        return arguments.run(arguments, overrides) or 0
     except (Interrupted, Stopped) as stop:
         print(f"align-jax: {stop}", file=sys.stderr)
         return 128 + stop.signum
@@ -66,7 +68,6 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (RunError, DataError, ModelError, RewardError, ImportError) as error:
         return _fail(str(error))
-    return 0
 
 
 _OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|[Oo]ut of memory")
@@ -145,6 +146,37 @@ a file that you have read or whose author you trust.""",
     export = command("export", _export, "Write a run's model as a directory transformers loads.")
     export.add_argument("--workdir", required=True)
     export.add_argument("--to", required=True, help="directory to be made")
+
+    verify = command(
+        "verify",
+        _verify,
+        "Find what a loss converges to, in a language small enough to enumerate.",
+        usage="%(prog)s [-h] PACKAGE.MODULE:LOSS --kind {pair,token,reward} [--beta BETA] "
+        "[--seed SEED]",
+        epilog="""\
+LOSS is a jax function, to be minimised; all its arguments are float arrays:
+
+  pair    LOSS(chosen, rejected, ref_chosen, ref_rejected) -> [B]
+  token   LOSS(log_probs, old, ref, rewards, mask) -> scalar; rewards [P,K], the others [P,K,T]
+  reward  LOSS(chosen, rejected) -> [B]
+
+Hyperparameters are bound in your module: my_loss = functools.partial(loss, beta=0.1). The module is
+run: name only code that you trust. docs/verify.md has an example of every verdict.
+
+Exit status: 0 the checks pass and the limit is the optimum; 1 they do not, or it is not; 2 the loss
+cannot be called.""",
+    )
+    verify.add_argument("loss", metavar="PACKAGE.MODULE:LOSS")
+    verify.add_argument("--kind", required=True, choices=("pair", "token", "reward"))
+    verify.add_argument(
+        "--beta",
+        type=float,
+        default=0.1,
+        help="price of a nat of KL in the optimum of E[r] - beta KL; the loss's own (default 0.1)",
+    )
+    verify.add_argument(
+        "--seed", type=int, default=0, help="of the reference and the rewards (default 0)"
+    )
     return parser
 
 
@@ -262,6 +294,16 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> None:
     model, tokenizer = _open(arguments.workdir)
     save_model(model, tokenizer, arguments.to)
     print(f"Wrote {arguments.to}")
+
+
+def _verify(arguments: argparse.Namespace, _: list[str]) -> int:
+    from align_jax.exact.verify import verify_named
+
+    report = verify_named(
+        arguments.loss, kind=arguments.kind, beta=arguments.beta, seed=arguments.seed
+    )
+    print(printable(str(report)))
+    return 0 if report.passed else 1
 
 
 def _open(path: str) -> tuple[Any, Any]:

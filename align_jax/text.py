@@ -1,8 +1,10 @@
 """Text that a stranger or a model wrote, and other foreign values, made fit to be shown."""
 
+import difflib
 import math
 import re
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 # Control characters but newline and tab, lone surrogates, and the marks that turn the direction of
@@ -43,3 +45,14 @@ class _Brief(reprlib.Repr):
 def brief(value: Any, length: int = 60) -> str:
     """The `repr` of a value of any size in few characters; `length` bounds that of a string."""
     return _Brief(length).repr(value)
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown `name`: " Did you mean ...?", or a few known names."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    if not known:
+        return " It takes none."
+    return f" There are: {', '.join(sorted(known))}." if len(known) <= 20 else ""

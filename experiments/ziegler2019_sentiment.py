@@ -73,7 +73,7 @@ def get_config(arg: str = "scale=small") -> ConfigDict:
         for config in (reward, policy):
             config.model = "tiny"
             config.data.max_length = 160
-        reward.optimizer.learning_rate = 1e-3
+        reward.optimizer.update(learning_rate=1e-3, warmup_steps=0)  # a round has few steps
         reward.normalization.update(policy="tiny", limit=8, max_new_tokens=8)
         reward.data.batch_size = 2
         policy.optimizer.learning_rate = 1e-3

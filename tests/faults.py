@@ -232,11 +232,15 @@ FAULTS = [
     ),
     *of(
         "training/offline.py",
-        "training/test_continue.py training/test_loop.py",
+        "training/test_continue.py",
         a_resumed_run_reads_the_first_data_again=(
             "loader.batches(first * loader.batch_size)",
             "loader.batches(0)",
         ),
+    ),
+    *of(
+        "training/offline.py",
+        "training/test_loop.py",
         an_infinite_gradient_goes_on=(
             'for name in ("loss", "grad_norm") if not',
             'for name in ("loss",) if not',
@@ -284,6 +288,10 @@ FAULTS = [
             "jnp.where(weights > 0, values * weights, 0.0)",
             "jnp.where(weights > 0, values, 0.0)",
         ),
+    ),
+    *of(
+        "training/scoring.py",
+        "training/test_reference.py",
         scores_in_the_order_of_length=(
             "out[chosen] = values.reshape(len(chosen), responses)",
             "out[start : start + len(chosen)] = values.reshape(len(chosen), responses)",
@@ -399,9 +407,9 @@ FAULTS = [
             "loss -= config.entropy_coefficient",
             "loss += config.entropy_coefficient",
         ),
-        the_first_ratio_has_no_gradient=(
-            "> 0, stop_gradient(new), completions.old_log_probs)",
-            "> 0, new, completions.old_log_probs)",
+        the_ratio_is_always_1=(
+            "jnp.where(batch.on_policy[:, None] > 0, ",
+            "jnp.where(batch.on_policy[:, None] >= 0, ",
         ),
         the_critic_learns_all_its_error_twice=(
             "loss += config.value_coefficient * value_loss",

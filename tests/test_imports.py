@@ -15,6 +15,7 @@ PACKAGE = pathlib.Path(align_jax.__file__).parent
 # From the top: a folder imports only from those after it.
 LAYERS = (
     "recipes",
+    "exact",
     "algorithms",
     "evaluation",
     "training",
@@ -26,7 +27,7 @@ LAYERS = (
     "losses",
 )
 # The bottom: what every folder may use. Each of these uses only those after it.
-BOTTOM = ("settings", "files", "errors", "progress", "text", "trees")
+BOTTOM = ("user_code", "settings", "files", "errors", "progress", "text", "trees")
 # What nobody who only starts a run or uses a part should wait for.
 HEAVY = {"transformers", "datasets", "tensorflow_datasets", "matplotlib", "orbax", "wandb", "gguf"}
 HEAVY |= {"tensorboardX", "huggingface_hub", "tokenizers", "vaderSentiment", "safetensors"}

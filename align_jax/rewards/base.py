@@ -15,6 +15,7 @@ import numpy as np
 
 from align_jax.distributed import hosts
 from align_jax.errors import DataError, ModelError, RewardError
+from align_jax.user_code import OF_USERS_CODE
 
 Records = Sequence[Mapping[str, Any]]
 Reward = Callable[[Records, Sequence[str]], Any]
@@ -25,10 +26,6 @@ _SHOWN = 160  # characters of a prompt or a completion in a message
 
 # Errors that say themselves what was wrong: passed on as they are.
 _EXPLAINED = (RewardError, DataError, ModelError, ImportError)
-
-# What code of the user's own may raise. SystemExit too: `sys.exit(0)` would end the run as if it
-# were done.
-OF_USERS_CODE = (Exception, SystemExit)
 
 
 def checked_scores(reward: Reward, records: Records, completions: Sequence[str]) -> np.ndarray:

@@ -9,13 +9,9 @@ value is "" counts as not given, so that the command line can take one away; a `
 in it is a callable.
 """
 
-import difflib
 import functools
-import importlib
 import inspect
 import os
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +19,7 @@ from jax.sharding import Mesh
 
 from align_jax.errors import DataError, ModelError, RewardError
 from align_jax.rewards import rules
-from align_jax.rewards.base import OF_USERS_CODE, Comparer, Reward
+from align_jax.rewards.base import Comparer, Reward
 from align_jax.rewards.judge import (
     ANSWER,
     OPTIONS,
@@ -34,6 +30,8 @@ from align_jax.rewards.judge import (
 )
 from align_jax.rewards.mixture import Mixture, SafetyGated
 from align_jax.rewards.people import PeopleJudge
+from align_jax.text import hint
+from align_jax.user_code import load_callable
 
 
 class _Context(NamedTuple):
@@ -211,7 +209,7 @@ def _build(config: Any, kinds: Mapping[str, Callable], context: _Context) -> Any
     key = context.key
     if isinstance(config, str):
         if ":" in config:
-            return _imported(config, key)
+            return load_callable(config, key, error=RewardError)
         config = {"kind": config}
     if not isinstance(config, Mapping) and hasattr(config, "to_dict"):
         config = config.to_dict()
@@ -228,10 +226,10 @@ def _build(config: Any, kinds: Mapping[str, Callable], context: _Context) -> Any
             raise RewardError(
                 f"{key}.kind is {kind!r}, a Python callable, which takes no keys. Set {empty}."
             )
-        return _imported(kind, key)
+        return load_callable(kind, key, error=RewardError)
     if kind not in kinds:
         raise RewardError(
-            f"{key}: there is no kind {kind!r}.{_hint(kind, kinds)} Any Python callable is "
+            f"{key}: there is no kind {kind!r}.{hint(kind, kinds)} Any Python callable is "
             "'package.module:function'."
         )
     parameters = [
@@ -252,50 +250,8 @@ def _check_keys(options: Mapping, required: Any, optional: Any, key: str) -> Non
     for name in options:
         if name not in known:
             raise RewardError(
-                f"{key} has no key {name!r}.{_hint(name, known)} An empty value takes it away."
+                f"{key} has no key {name!r}.{hint(name, known)} An empty value takes it away."
             )
     for name in required:
         if name not in options:
             raise RewardError(f"{key} needs the key {name!r}.")
-
-
-def _hint(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    if close:
-        return f" Did you mean {close[0]!r}?"
-    if not known:
-        return " It takes none."
-    return f" There are: {', '.join(sorted(known))}." if len(known) <= 20 else ""
-
-
-def _imported(spec: str, key: str) -> Any:
-    """The callable `package.module:function`; it is code of the user's own choosing."""
-    module_name, _, name = spec.partition(":")
-    # `python -m align_jax` finds modules of the directory it is started in, and the installed
-    # command `align-jax` has only its own directory there.
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name + ".").startswith(error.name + "."):
-            raise RewardError(
-                f"{key} is {spec!r}: there is no module {error.name!r}. Start in the directory "
-                "that holds it, or put that on PYTHONPATH."
-            ) from error
-        raise RewardError(f"{key} is {spec!r}: importing it fails: {error}.") from error
-    except OF_USERS_CODE as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise RewardError(
-            f"{key} is {spec!r}: importing it fails: {type(error).__name__}: {error} "
-            f"({frame.filename}:{frame.lineno})."
-        ) from error
-    if not hasattr(module, name):
-        public = [one for one in dir(module) if not one.startswith("_")]
-        raise RewardError(f"{key} is {spec!r}: {module_name} has no {name!r}.{_hint(name, public)}")
-    found = getattr(module, name)
-    if not callable(found) or inspect.isclass(found):
-        what = "a class" if inspect.isclass(found) else f"{type(found).__name__} {found!r}"
-        raise RewardError(f"{key} is {spec!r}: found {what}; expected a function or an instance.")
-    return found

@@ -217,6 +217,22 @@ def test_ld_dpo_weighs_what_the_longer_response_has_beyond_the_shorter(
         np.testing.assert_array_equal(plain[name], array)
 
 
+def test_an_example_counts_as_often_as_its_weight_says(model, batch):
+    """In the loss, in the metrics, and in what they are divided by."""
+    run = jax.jit(preference_loss(LOSSES["dpo"], beta=0.1))
+
+    def sums(*weight):
+        found = run(model, batch | {"weight": jnp.array(weight, jnp.float32)})
+        return np.array([found.loss, found.weight, *found.metrics.values()])
+
+    first, fourth = sums(1, 0, 0, 0, 0, 0), sums(0, 0, 0, 1, 0, 0)
+    assert abs(first[0] - fourth[0]) > 1e-3 and first[1] == 1
+    np.testing.assert_allclose(sums(2, 0, 0, 0.5, 0, 0), 2 * first + 0.5 * fourth, rtol=1e-4)
+    plain = run(model, batch)
+    plain = np.array([plain.loss, plain.weight, *plain.metrics.values()])
+    np.testing.assert_allclose(sums(1, 1, 1, 1, 1, 1), plain, rtol=1e-5)
+
+
 def test_kto_takes_its_kl_from_the_unrelated_responses(model, examples, tokens, reference):
     desirable = np.array([one.extras["label"] for one in examples])
     total = np.array([x.sum() for x in tokens])
@@ -303,10 +319,10 @@ def test_unrelated_responses_of_a_hundred_thousand_records_take_no_time():
 
 
 def test_pairs_that_say_nothing_are_counted_and_the_first_is_named(tiny_config, tmp_path, caplog):
-    """Two of twelve: one written alike, and one that differs only past the cut."""
+    """Two of twelve differ only past the cut; what is written alike is refused when it is read."""
     records = [{"prompt": f"{n}:", "chosen": " up", "rejected": " down"} for n in range(12)]
-    records[4] = records[4] | {"rejected": " up"}
-    records[7] = records[7] | {"chosen": " a" * 40 + "b", "rejected": " a" * 40 + "c"}
+    for place in (4, 7):
+        records[place] |= {"chosen": " a" * 40 + "b", "rejected": " a" * 40 + "c"}
     overrides = write(tmp_path / "pairs.jsonl", records) | {
         "data.eval_source": "",
         "data.max_length": 24,

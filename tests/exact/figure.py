@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tests.exact.language import Array, World, best_of_n, expectation, kl
+from align_jax.exact.language import Array, World, best_of_n, expectation, kl
 
 INK, BLUE, ORANGE, RED, GREY = "#30343a", "#1f6fb2", "#c96f1e", "#b0202e", "#6f7680"
 

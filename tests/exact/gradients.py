@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from align_jax.exact import table
+from align_jax.exact.language import Language, random_reward
+from align_jax.exact.table import relative, rescaled
 from align_jax.losses import policy_gradient as pg
-from tests.exact.language import Language, random_reward
 
 LANGUAGE = Language(max_length=3)
 BETA = 0.5
@@ -32,27 +34,21 @@ class Enumerated:
     @staticmethod
     def log_probs(logits):
         """`[N,T]`, 0 past the end."""
-        prefix, symbol, mask = LANGUAGE.choices
-        return jnp.where(mask > 0, jax.nn.log_softmax(logits)[prefix, symbol], 0.0)
+        return table.token_log_probs(LANGUAGE, logits)
 
     def exact(self) -> jax.Array:
         """The gradient of -(E r - beta KL), by differentiating the sum over all responses."""
 
         def objective(logits):
-            total = self.log_probs(logits).sum(-1)
-            value = self.reward - BETA * (total - self.reference.sum(-1))
-            return -(jnp.exp(total) * value).sum()
+            reward = table.expected_reward(LANGUAGE, logits, self.reward)
+            return -(reward - BETA * table.expected_kl(LANGUAGE, logits, self.reference.sum(-1)))
 
         return jax.grad(objective)(self.logits)
 
     def kl_gradient(self) -> jax.Array:
         """The gradient of KL(pi || ref)."""
-
-        def divergence(logits):
-            total = self.log_probs(logits).sum(-1)
-            return (jnp.exp(total) * (total - self.reference.sum(-1))).sum()
-
-        return jax.grad(divergence)(self.logits)
+        reference = self.reference.sum(-1)
+        return jax.grad(lambda x: table.expected_kl(LANGUAGE, x, reference))(self.logits)
 
     def expected(
         self, loss: Callable[[jax.Array], jax.Array], *, logits=None, sampler=None
@@ -103,16 +99,6 @@ class Enumerated:
         mass = jax.ops.segment_sum(weight.ravel(), prefix.ravel(), size)
         value = jax.ops.segment_sum((weight * to_go).ravel(), prefix.ravel(), size) / mass
         return rewards, value[prefix] * self.mask
-
-
-def relative(estimate: jax.Array, exact: jax.Array) -> float:
-    """|estimate - exact| / |exact|."""
-    return float(jnp.linalg.norm(estimate - exact) / jnp.linalg.norm(exact))
-
-
-def rescaled(estimate: jax.Array, exact: jax.Array) -> float:
-    """`relative` after the factor that makes it smallest: what no learning rate undoes."""
-    return relative((estimate * exact).sum() / (estimate**2).sum() * estimate, exact)
 
 
 def biases() -> dict[str, float]:

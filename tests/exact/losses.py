@@ -19,13 +19,13 @@ from align_jax.algorithms.policy_gradient.objective import (
     estimate_advantages,
     make_objective,
 )
+from align_jax.exact.fixed_points import label_weights, win_rates
+from align_jax.exact.language import World, action_values, bradley_terry, token_policy
 from align_jax.losses import policy_gradient as pg
 from align_jax.models.heads import ScalarModel, response_scores
 from align_jax.models.transformer import Transformer
 from align_jax.training.scoring import target_log_probs
 from align_jax.training.step import Batch, LossFunction, LossSums
-from tests.exact.fixed_points import label_weights, win_rates
-from tests.exact.language import World, action_values, bradley_terry, token_policy
 from tests.exact.training import (
     all_pairs,
     enumeration,

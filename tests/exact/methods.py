@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from align_jax.exact import fixed_points
+from align_jax.exact.fixed_points import pair_minimizer
+from align_jax.exact.language import Array, World, normalized
 from align_jax.losses import preference
 from align_jax.models.transformer import Transformer
 from align_jax.training.step import Batch, LossFunction
-from tests.exact import fixed_points, losses
-from tests.exact.fixed_points import pair_minimizer
-from tests.exact.language import Array, World, normalized
+from tests.exact import losses
 from tests.exact.training import Batches, Run, policy_of, random_transformer, trained
 
 FLIP_RATE = 0.2

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from align_jax.exact.fixed_points import cyclic_preferences
+from align_jax.exact.language import Array, World, kl, normalized, token_policy
 from align_jax.losses import policy_gradient as pg
 from align_jax.losses import ranking
 from align_jax.models.heads import ScalarModel
 from tests.exact import losses
-from tests.exact.fixed_points import cyclic_preferences
-from tests.exact.language import Array, World, kl, normalized, token_policy
 from tests.exact.training import (
     Run,
     enumeration,

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.exact import figure, gradients, others
-from tests.exact.fixed_points import MINIMAX_CLASSES, cyclic_preferences, exploitability
-from tests.exact.language import (
+from align_jax.exact.fixed_points import MINIMAX_CLASSES, cyclic_preferences, exploitability
+from align_jax.exact.language import (
     World,
     best_of_n,
     expectation,
@@ -23,6 +22,7 @@ from tests.exact.language import (
     normalized,
     rejection_sampling,
 )
+from tests.exact import figure, gradients, others
 from tests.exact.methods import ALL, POLICY_GRADIENT, PREFERENCE, Landing, Method, land
 from tests.exact.training import Run, make_world
 

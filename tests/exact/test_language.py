@@ -10,10 +10,8 @@ import pytest
 from align_jax.algorithms.preference import preference_loss
 from align_jax.data.batching import build_batch
 from align_jax.data.tokenise import Example
-from align_jax.losses.preference import LOSSES, kto_loss
-from align_jax.losses.ranking import minimax_winner
-from tests.exact import fixed_points, losses, methods
-from tests.exact.language import (
+from align_jax.exact import fixed_points
+from align_jax.exact.language import (
     Language,
     World,
     best_of_n,
@@ -27,6 +25,9 @@ from tests.exact.language import (
     rejection_sampling,
     token_policy,
 )
+from align_jax.losses.preference import LOSSES, kto_loss
+from align_jax.losses.ranking import minimax_winner
+from tests.exact import losses, methods
 from tests.exact.training import make_world, pair_batch, random_transformer
 
 

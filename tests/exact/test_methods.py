@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from align_jax.exact.fixed_points import cyclic_preferences, exploitability
+from align_jax.exact.language import World, kl, normalized
 from tests.exact import others
-from tests.exact.fixed_points import cyclic_preferences, exploitability
-from tests.exact.language import World, kl, normalized
 from tests.exact.methods import ALL, land
 from tests.exact.training import Run, make_world
 

@@ -12,13 +12,13 @@ import numpy as np
 from align_jax.data.batching import build_batch, separate_responses
 from align_jax.data.tokenise import Example
 from align_jax.distributed.mesh import make_mesh
+from align_jax.exact.language import Language, World, normalized, random_reward
 from align_jax.models.config import TransformerConfig
 from align_jax.models.transformer import Transformer
 from align_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
 from align_jax.training.scoring import sum_by_response, target_log_probs
 from align_jax.training.state import init_state
 from align_jax.training.step import Batch, LossFunction, LossSums, make_train_step, place_batch
-from tests.exact.language import Language, World, normalized, random_reward
 
 # Learned positions: without a BOS, rotary attention gives "1", "11" and "111" one hidden state
 # (averages of equal values), so the optimum would be out of reach.

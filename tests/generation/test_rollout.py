@@ -66,6 +66,24 @@ def test_a_completion_ends_with_its_first_stop_token_which_counts(monkeypatch, t
     assert rollout.texts[0] == tokenizer.decode([20]) and rollout.texts[2] == ""
 
 
+@pytest.mark.parametrize("after", [0, 3])
+def test_the_sampler_goes_on_past_a_truncation_token_that_ends_nothing_yet(
+    monkeypatch, tokenizer, mesh, after
+):
+    (stop,) = tokenizer("7", add_special_tokens=False).input_ids
+    asked = []
+
+    def generate(model, prompts, *, stop_tokens, **settings):
+        asked.append(tuple(stop_tokens))
+        return np.full((1, 5), 20), np.ones((1, 5), np.float32), np.zeros((1, 5))
+
+    monkeypatch.setattr(rollouts, "generate", generate)
+    sampling = Sampling(max_new_tokens=5, truncate_token="7", truncate_after=after)
+    rollouts.roll_out(None, mesh, tokenizer, PROMPTS[:1], sampling, keys=keys(1))
+    eos = tokenizer.eos_token_id
+    assert asked == [(eos,) if after else (eos, stop)]
+
+
 @pytest.mark.parametrize("after, kept", [(0, 2), (1, 2), (2, 4), (4, 5)])
 def test_a_truncation_token_ends_a_completion_from_its_place_on(
     monkeypatch, tokenizer, mesh, after, kept

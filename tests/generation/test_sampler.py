@@ -56,6 +56,24 @@ def rows(generation, index):
     return jax.tree.map(lambda x: np.asarray(x)[index], generation)
 
 
+def test_every_token_of_a_sample_is_a_draw_of_its_own():
+    """Flat distributions, where a draw used twice would give the same token twice."""
+    model = model_of("tiny")
+    drawn = generate(
+        model,
+        [[9, 10, 11]],
+        key=jax.random.key(0),
+        max_new_tokens=4,
+        temperature=1e6,
+        samples_per_prompt=64,
+    )
+    tokens = np.asarray(drawn.tokens)
+    # By chance one token in V is that of the step before.
+    for step in range(1, 4):
+        assert (tokens[:, step] == tokens[:, step - 1]).mean() < 0.1
+        assert abs(np.corrcoef(tokens[:, step], tokens[:, step - 1])[0, 1]) < 0.4
+
+
 # Against the trainer
 
 

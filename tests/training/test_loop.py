@@ -138,6 +138,18 @@ def test_a_run_logs_every_so_many_steps_and_the_last_and_saves_the_last(tmp_path
     assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4, 5]
 
 
+def test_every_so_many_steps_and_the_last_are_saved(tmp_path, mesh, monkeypatch):
+    saved, save = [], Checkpointer.save
+
+    def recording(self, state, data):
+        saved.append((int(state.step), data["next_example"]))
+        save(self, state, data)
+
+    monkeypatch.setattr(Checkpointer, "save", recording)
+    run_fit(tmp_path, mesh, counting_step, num_steps=7, checkpoint_every=3)
+    assert saved == [(3, 6), (6, 12), (7, 14)]  # the batches have two examples
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at", [3, 6])
 def test_a_signal_ends_the_step_it_came_in_and_saves_it_the_last_step_too(

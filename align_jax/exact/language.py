@@ -2,8 +2,8 @@
 
 Symbols are EOS = 0 and 1..V; a response is every string that ends in EOS or has `max_length`
 symbols, so the probabilities of all N responses to a prompt sum to 1 whatever the policy. Policies
-and rewards are `[P,N]` float64 arrays (P prompts), policies as log-probabilities in nats. NumPy
-only: nothing here shares code with what it judges.
+and rewards are `[P,N]` float64 arrays (P prompts), policies as log-probabilities in nats. This
+module is NumPy only, so it shares no code with the losses that it judges.
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ def expectation(policy: Array, values: Array) -> Array:
 
 
 def kl(p: Array, q: Array) -> Array:
-    """`[P]` KL(p || q) in nats; what p never says counts 0."""
+    """`[P]` KL(p || q) in nats. Responses of probability 0 under p add nothing."""
     with np.errstate(invalid="ignore"):
         return np.where(p > -np.inf, np.exp(p) * (p - q), 0.0).sum(-1)
 
@@ -135,7 +135,7 @@ def token_policy(language: Language, policy: Array) -> Array:
 
 
 def from_tokens(language: Language, tokens: Array) -> Array:
-    """The inverse of `token_policy`."""
+    """`[P,N]` log-probabilities of responses from those of symbols: inverts `token_policy`."""
     prefix, symbol, mask = language.choices
     return np.where(mask, tokens[:, prefix, symbol], 0.0).sum(-1)
 
@@ -147,7 +147,7 @@ def action_values(language: Language, policy: Array, values: Array) -> Array:
 
 
 def optimum_by_recursion(world: World) -> Array:
-    """The optimum again, by soft value iteration from the leaves: no sum over whole responses."""
+    """The optimum by soft value iteration from the leaves, without a sum over whole responses."""
     language = world.language
     reference = token_policy(language, world.reference)
     number = {prefix: i for i, prefix in enumerate(language.prefixes)}
@@ -173,7 +173,7 @@ def bradley_terry(reward: Array) -> Array:
 
 
 def best_of_n(reference: Array, reward: Array, n: int) -> Array:
-    """log pmf of the best by reward of n draws; rewards without ties."""
+    """`[P,N]` log pmf of the draw with the largest reward out of n. Rewards must have no ties."""
     order = np.argsort(reward, -1)
     sorted_log_probs = np.take_along_axis(reference, order, -1)
     below = np.cumsum(np.exp(sorted_log_probs), -1)
@@ -185,9 +185,9 @@ def best_of_n(reference: Array, reward: Array, n: int) -> Array:
 
 
 def rejection_sampling(world: World, ceiling: Array) -> tuple[Array, Array]:
-    """Draw from the reference, keep with probability min(1, exp((r - ceiling) / beta)).
+    """Draws from the reference are kept with probability min(1, exp((r - ceiling) / beta)).
 
-    Returns the log pmf `[P,N]` of what is kept, and the share `[P]` that is. With
+    Returns the log pmf `[P,N]` of kept responses, and the share `[P]` of draws that is kept. With
     `ceiling >= max r` the law is the optimum (Liu et al. 2023, RSO, theorem 1).
     """
     accept = np.minimum(0.0, (world.reward - ceiling[:, None]) / world.beta)

@@ -1,4 +1,4 @@
-"""What each method converges to on infinite data: closed forms, and minimisers where there is none.
+"""The law each method converges to on infinite data, in closed form or by a minimiser.
 
 Comparisons are between all unordered pairs of different responses, equally often, and labelled by
 Bradley-Terry with the known reward. Policies are `[P,N]` log-probabilities, float64.
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import brentq, minimize
 
-from tests.exact.language import (
+from align_jax.exact.language import (
     EOS,
     Array,
     World,
@@ -24,7 +24,7 @@ from tests.exact.language import (
 
 
 def label_weights(world: World, flip_rate: float = 0.0) -> Array:
-    """`[P,N,N]` how often i is chosen over j, of all comparisons of a prompt."""
+    """`[P,N,N]` share of a prompt's comparisons in which i is chosen over j."""
     wins = (1 - 2 * flip_rate) * bradley_terry(world.reward) + flip_rate
     n = wins.shape[-1]
     return wins * (1 - np.eye(n)) / (n * (n - 1) / 2)
@@ -48,9 +48,11 @@ def ipo(world: World) -> Array:
 
 
 def tilted_by_length(world: World, log_base: Array) -> Array:
-    """log pi(y) = log_base + |y| (r / beta + c): what a length-normalised log-ratio leaves free is
-    one constant per token, and c makes the sum 1. beta is on nats per token here, and is the
-    world's times `max_length`."""
+    """log pi(y) = log_base + |y| (r / beta + c), the limit of length-normalised losses.
+
+    Such a loss leaves one constant c per token free, and c makes the probabilities sum to 1. beta
+    is on nats per token here: the world's times `max_length`.
+    """
     lengths = world.language.lengths
     beta = world.beta * world.language.max_length
     return np.stack(
@@ -117,7 +119,7 @@ def kto(world: World) -> Array:
 
 
 def best_response(world: World) -> Array:
-    """All on the response of the largest reward."""
+    """Log-probabilities of the policy that always gives the response of the largest reward."""
     best = world.reward == world.reward.max(-1, keepdims=True)
     return np.where(best, 0.0, -np.inf)
 
@@ -125,7 +127,7 @@ def best_response(world: World) -> Array:
 def kl_in_loss(
     world: World, utility: Callable[[Array], Array], *, estimator: str, price: float
 ) -> Array:
-    """Where sampled policy gradients of `utility(pi)` plus price x k2 or k3 per token vanish.
+    """Where sampled policy gradients of `utility(pi)` plus price x k2 or k3 per token are 0.
 
     The penalty's gradient stops at its own token, so a prefix pays nothing for where it leads:
     with Q(s, a) = E[utility | s, a], k2 gives pi(a|s) = ref(a|s) exp(Q / price) / Z(s), and k3,
@@ -164,7 +166,7 @@ def kl_in_loss(
 
 
 def grpo_utility(world: World, *, scale: bool) -> Callable[[Array], Array]:
-    """E over the other sample of a group of K = 2 of GRPO's advantage."""
+    """GRPO's advantage in a group of K = 2, its expectation over the other sample."""
     difference = world.reward[:, :, None] - world.reward[:, None, :]
     advantage = difference / 2
     if scale:
@@ -175,35 +177,58 @@ def grpo_utility(world: World, *, scale: bool) -> Callable[[Array], Array]:
 PairLoss = Callable[..., jax.Array]
 
 
-def pair_minimizer(world: World, pair_loss: PairLoss, flip_rate: float = 0.0) -> Array:
-    """The policy of least expected `pair_loss(log pi_i, log pi_j, log ref_i, log ref_j, |i|, |j|)`.
+def minimizer(expected: Callable[[jax.Array], jax.Array], start: Array) -> Array:
+    """Where L-BFGS in float64 ends on `expected(x) -> scalar`, from `start`.
 
-    L-BFGS in float64 over one logit per response, from the reference: a minimum, and the minimum
-    where the loss is convex in the logits.
+    That is a minimum; it is the minimum where `expected` is convex. A function without a minimum is
+    left after 20,000 iterations; where one is nan, so is the result.
     """
-    shape = (*world.reward.shape, world.reward.shape[-1])
     with jax.enable_x64(True):
-        weights = jnp.asarray(label_weights(world, flip_rate))
-        reference = jnp.asarray(world.reference)
-        lengths = jnp.broadcast_to(jnp.asarray(world.language.lengths, float), shape[:2])
-
-        def both(x):
-            return jnp.broadcast_to(x[:, :, None], shape), jnp.broadcast_to(x[:, None, :], shape)
-
-        def expected(logits):
-            log_probs = jax.nn.log_softmax(logits.reshape(shape[:2]), -1)
-            values = pair_loss(*both(log_probs), *both(reference), *both(lengths))
-            return (weights * values).sum()
-
-        gradient = jax.jit(jax.value_and_grad(expected))
+        gradient = jax.jit(jax.value_and_grad(lambda x: expected(x.reshape(start.shape))))
         result = minimize(
             lambda x: tuple(np.asarray(v, np.float64) for v in gradient(jnp.asarray(x))),
-            world.reference.ravel(),
+            start.ravel(),
             jac=True,
             method="L-BFGS-B",
             options={"maxiter": 20000, "maxfun": 40000, "ftol": 1e-15, "gtol": 1e-10},
         )
-    return normalized(result.x.reshape(shape[:2]))
+    return np.where(np.isfinite(result.fun), result.x, np.nan).reshape(start.shape)
+
+
+def of_pairs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The `[P N N]` values of the first and of the second response of all pairs, from `[P,N]`."""
+    shape = (*x.shape, x.shape[-1])
+    first, second = x[:, :, None], x[:, None, :]
+    return jnp.broadcast_to(first, shape).ravel(), jnp.broadcast_to(second, shape).ravel()
+
+
+def pair_minimizer(world: World, pair_loss: PairLoss, flip_rate: float = 0.0) -> Array:
+    """The policy of least expected `pair_loss(log pi_i, log pi_j, log ref_i, log ref_j, |i|, |j|)`.
+
+    The loss is called with `[B]` arrays of all pairs and returns `[B]`. One free logit per
+    response; L-BFGS starts at the reference.
+    """
+    lengths = np.broadcast_to(np.asarray(world.language.lengths, float), world.reward.shape)
+    weights = label_weights(world, flip_rate).ravel()
+
+    def expected(logits):
+        values = jax.nn.log_softmax(logits, -1), world.reference, lengths
+        return (weights * pair_loss(*(x for value in values for x in of_pairs(value)))).sum()
+
+    return normalized(minimizer(expected, world.reference))
+
+
+def reward_minimizer(world: World, reward_loss: PairLoss) -> Array:
+    """`[P,N]` free rewards of least expected `reward_loss(chosen [B], rejected [B]) -> [B]`.
+
+    L-BFGS starts at 0.
+    """
+    weights = label_weights(world).ravel()
+
+    def expected(rewards):
+        return (weights * reward_loss(*of_pairs(rewards))).sum()
+
+    return minimizer(expected, np.zeros_like(world.reward))
 
 
 def cyclic_preferences(world: World) -> tuple[Array, Array]:
