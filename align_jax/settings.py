@@ -214,7 +214,7 @@ def _converted(value: Any, option: Any, key: str) -> tuple[bool, Any]:
         return isinstance(value, bool), value
     if option is int:
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if whole and not -(2**63) <= value < 2**63:
+        if whole and not -(2**63) <= int(value) < 2**63:
             raise RunError(f"{key} is {_shown(int(value))}; expected a number of 64 bits at most.")
         return whole, int(value) if whole else None
     if option is float:

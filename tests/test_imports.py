@@ -159,3 +159,18 @@ def test_the_public_names_of_the_package_are_those_of_interchange_and_runs():
 def test_the_command_line_shows_its_help_without_jax():
     _, modules = run("import sys\nimport align_jax.main\nprint(*sys.modules)")
     assert "jax" not in modules
+
+
+def test_the_version_is_read_without_any_other_package():
+    script = (
+        "import sys, align_jax\nprint(align_jax.__version__)\n"
+        "assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == align_jax.__version__
+    setup = (PACKAGE.parent / "setup.cfg").read_text()
+    assert "version = attr: align_jax.__version__" in setup
+    assert "align_jax = py.typed" in setup and (PACKAGE / "py.typed").exists()

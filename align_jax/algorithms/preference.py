@@ -15,8 +15,8 @@ often fall (Razin et al. 2024, arXiv:2410.08847). Watch it beside `rewards/margi
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,24 +50,34 @@ from align_jax.training.workdir import Result, Workdir
 
 Array = jax.Array
 
-# The fields of `config.loss_options`: every option of every loss. None leaves a loss its default.
-LossOptions = dataclasses.make_dataclass(
-    "LossOptions",
-    sorted(
-        {
-            (option.name, option.type | None, None)
-            for loss in LOSSES.values()
-            for option in loss.all_options
-        }
-    ),
-    bases=(Settings,),
-    namespace={
-        "key": "config.loss_options",
-        "__module__": __name__,
-        "__doc__": "The options of the losses; None leaves a loss its own default.",
-    },
-    frozen=True,
-)
+if TYPE_CHECKING:
+
+    class LossOptions(Settings):
+        """A type checker cannot know the fields, which are made of the losses below."""
+
+        def __init__(self, **options: float | str | None): ...
+        def __getattr__(self, option: str) -> Any: ...
+
+else:
+    # The fields of `config.loss_options`: every option of every loss. None leaves a loss its
+    # default.
+    LossOptions = dataclasses.make_dataclass(
+        "LossOptions",
+        sorted(
+            {
+                (option.name, option.value_type | None, None)
+                for loss in LOSSES.values()
+                for option in loss.all_options
+            }
+        ),
+        bases=(Settings,),
+        namespace={
+            "key": "config.loss_options",
+            "__module__": __name__,
+            "__doc__": "The options of the losses; None leaves a loss its own default.",
+        },
+        frozen=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +172,7 @@ class Scored:
         sharp, _ = log_probs_from_states(model, states, self.batch, temperature=0.5)
         sharp = self._by_response(sharp) / jnp.maximum(self.lengths, 1)
         means = jnp.stack([self.averages, 2 * self.averages - sharp])[..., None]
-        return wpo_weights(*means, jnp.ones_like(means[0]))
+        return wpo_weights(means[0], means[1], jnp.ones_like(means[0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +313,7 @@ def preference_loss(loss: PreferenceLoss, *, beta: float, **options: float | str
         losses = loss(values, beta=beta, running=running, **options)
         weight = batch.get("weight", jnp.ones_like(losses))
 
-        def sums(named: dict[str, Array]) -> dict[str, Array]:
+        def sums(named: Mapping[str, Array | float]) -> dict[str, Array]:
             return {name: (weight * value).sum() for name, value in named.items()}
 
         metrics, statistics = _metrics(loss, values, beta), {}
@@ -546,6 +556,7 @@ def _reference(
         return np.zeros((0, 1), np.float32)
     if not loss.needs_reference:
         return np.zeros((len(examples), len(examples[0].responses)), np.float32)
+    assert model is not None  # only a loss without reference, or no examples, need none
     return reference_log_probs(without_adapters(model), mesh, examples, data)
 
 

@@ -296,7 +296,7 @@ def train(
     inputs = records
     if not isinstance(inputs, Inputs):
         inputs = read_inputs(
-            records, tokenizer, config, held_out=held_out, directory=directory, mesh=mesh
+            inputs, tokenizer, config, held_out=held_out, directory=directory, mesh=mesh
         )
     if directory is None:
         members = [

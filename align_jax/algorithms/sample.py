@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from align_jax.algorithms import Source
-from align_jax.data.dataset import Data, Records, prompts_of
+from align_jax.data.dataset import Data, RawRecords, prompts_of
 from align_jax.data.samples import Sample, by_prompt
 from align_jax.errors import RunError
 from align_jax.evaluation import statistics
@@ -76,7 +76,7 @@ class Config(RunConfig):
 def draw(
     model: Transformer,
     tokenizer: Any,
-    records: Records,
+    records: RawRecords,
     sampling: Sampling,
     *,
     reward: Reward | None = None,
@@ -111,7 +111,7 @@ class _Drawing:
     def __init__(
         self,
         tokenizer: Any,
-        records: Records,
+        records: RawRecords,
         data: Data,
         sampling: Sampling,
         reward: Reward | None,
@@ -130,7 +130,7 @@ class _Drawing:
         self.tokenizer, self.sampling = tokenizer, sampling
         self.reward, self.comparer = reward, comparer
         self.records, self.examples = records[:count], examples[:count]
-        for judge in (reward, comparer):
+        for judge in filter(None, (reward, comparer)):
             check_records(judge, self.records)
         self.size = sampling.batch_prompts or count
         self.chunks = -(-count // self.size)

@@ -63,20 +63,21 @@ class Data(Settings, key="config.data"):
         return dataclasses.replace(self, batch_size=self.micro_batch_size, accumulation=1)
 
 
-# Records for `train`: dicts, a source that `data.sources` reads, or examples made before.
-Records = Sequence[Mapping[str, Any]] | Sequence[Example] | str | os.PathLike
+# Dicts, or a source that `data.sources` reads.
+RawRecords = Sequence[Mapping[str, Any]] | str | os.PathLike
+
+# Records for `train`: these, or examples made before.
+Records = RawRecords | Sequence[Example]
 
 
-def records_of(
-    records: Sequence[Mapping[str, Any]] | str | os.PathLike, data: Data, *, kind: str
-) -> list[Record]:
+def records_of(records: RawRecords, data: Data, *, kind: str) -> list[Record]:
     """Reads a source, or checks records from Python.
 
     Raises:
       DataError: a source that cannot be read, or a record that cannot be used.
     """
     if isinstance(records, str | os.PathLike):
-        return load_as_configured(data, records, kind=kind)
+        return load_as_configured(data, os.fspath(records), kind=kind)
     return [parse_record(one, kind=kind, where=f"records[{i}]") for i, one in enumerate(records)]
 
 
@@ -87,10 +88,14 @@ def load_source(
 
     Raises: as `examples_of`.
     """
-    if not os.fspath(source).startswith(PREFIX):
-        return load_as_configured(data, os.fspath(source), kind=kind)
+    if os.fspath(source).startswith(PREFIX):
+        return _load_samples(data, os.fspath(source), kind=kind)
+    return load_as_configured(data, os.fspath(source), kind=kind)
+
+
+def _load_samples(data: Data, source: str, *, kind: str) -> list[Example]:
     return examples_of_samples(
-        os.fspath(source),
+        source,
         kind=kind,
         score=data.score,
         limit=data.limit,
@@ -112,11 +117,12 @@ def examples_of(records: Records, tokenizer: Any, data: Data, *, kind: str) -> l
         if not records:
             return []
         if os.fspath(records).startswith(PREFIX):
-            return load_source(data, records, kind=kind)
+            return _load_samples(data, os.fspath(records), kind=kind)
     else:
-        records = list(records)
-        if all(isinstance(one, Example) for one in records):
-            return records
+        given: list[Any] = list(records)
+        if all(isinstance(one, Example) for one in given):
+            return given
+        records = given
     return tokenised(data, records_of(records, data, kind=kind), tokenizer, kind=kind)
 
 
@@ -137,7 +143,7 @@ def tokenised(data: Data, records: Sequence[Record], tokenizer: Any, *, kind: st
 
 
 def prompts_of(
-    records: Records, tokenizer: Any, data: Data, *, max_new_tokens: int
+    records: RawRecords, tokenizer: Any, data: Data, *, max_new_tokens: int
 ) -> tuple[list[Record], list[Example]]:
     """Prompts, and their tokens with room for a completion; an example's id is its record's place.
 

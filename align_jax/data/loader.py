@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,9 @@ class Loader:
         chosen = [self.examples[i] for i in self.places(example_index, self.batch_size)]
         return self.collate(chosen), [example.id for example in chosen]
 
-    def batches(self, start: int = 0, *, prefetch: int = 2) -> Iterator[tuple[Any, list[int]]]:
+    def batches(
+        self, start: int = 0, *, prefetch: int = 2
+    ) -> Generator[tuple[Any, list[int]], None, None]:
         """Yields `batch_at(start)`, `batch_at(start + batch_size)`, ... without end.
 
         A thread makes up to `prefetch` (at least 1) batches ahead. An error in it is raised here,

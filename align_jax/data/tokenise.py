@@ -65,8 +65,8 @@ class Example:
     def of_samples(
         cls,
         id: int,
-        prompt: Sequence[int],
-        responses: Sequence[Sequence[int]],
+        prompt: Sequence[int] | np.ndarray,
+        responses: Sequence[Sequence[int] | np.ndarray],
         *,
         masks: Sequence[Sequence[int]] | None = None,
     ) -> Example:

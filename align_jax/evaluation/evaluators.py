@@ -18,7 +18,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -47,7 +47,6 @@ from align_jax.rewards.configured import check_comparer, check_reward, make_comp
 from align_jax.settings import Described, Settings, nearest
 from align_jax.training.metrics import read_metrics
 from align_jax.training.phases import Phases
-from align_jax.training.pretrained import RunConfig
 from align_jax.training.sampling import draw_samples, with_log_probs_under, with_scores
 
 # A row of the table for each policy that was measured: {"trained": {field: number}, "base": ...}.
@@ -55,6 +54,22 @@ Rows = dict[str, dict[str, Any]]
 
 # Of an evaluator's key: evaluators' samples have keys that no training and no other phase has.
 _FOLD = 2**30
+
+
+class HasEvaluators(Protocol):
+    """The settings of a run that may have evaluators: what of them is read here."""
+
+    offered_evaluators: ClassVar[tuple[str, ...]]
+
+    @property
+    def algorithm(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def data(self) -> Data: ...
+    @property
+    def evaluators(self) -> tuple[Mapping[str, Any], ...]: ...
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +126,7 @@ class HeldOutLoss(Evaluator):
         return _examples(self.source, tokenizer, data, self.limit, kind)
 
     def measure(self, held_out: Any, context: "Context", samples: "SharedSamples") -> Rows:
+        assert context.loss is not None
         return {"trained": context.loss(held_out)}
 
 
@@ -127,6 +143,7 @@ class Calibration(Evaluator):
         return _examples(self.source, tokenizer, data, self.limit, self.records)
 
     def measure(self, held_out: Any, context: "Context", samples: "SharedSamples") -> Rows:
+        assert context.pair_rewards is not None
         chosen, rejected = context.pair_rewards(held_out)
         found = calibrate(
             chosen,
@@ -201,15 +218,16 @@ class WinRate(OnSamples):
 
     def measure(self, held_out: Any, context: "Context", samples: "SharedSamples") -> Rows:
         if self.reward:
-            rewards = (samples.rewards(self, policy) for policy in ("trained", "base"))
-            wins, error = statistics.win_rate(*rewards)
+            trained, base = (samples.rewards(self, policy) for policy in ("trained", "base"))
+            wins, error = statistics.win_rate(trained, base)
             half_width = statistics.half_width_95(error, samples.count(self))
         else:
-            pairs = (samples.of(self, policy) for policy in ("trained", "base"))
-            shares = _won(samples.comparer(self), *pairs, samples.records(self), seed=context.seed)
+            first, second = (samples.of(self, policy) for policy in ("trained", "base"))
+            comparer, records = samples.comparer(self), samples.records(self)
+            shares = _won(comparer, first, second, records, seed=context.seed)
             wins, half_width = statistics.mean_ci95(shares)
-        trained = {"win_rate": wins, "win_rate_ci95": half_width}
-        return {"trained": trained, "base": {"win_rate": 0.5}}
+        found = {"win_rate": wins, "win_rate_ci95": half_width}
+        return {"trained": found, "base": {"win_rate": 0.5}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,17 +293,17 @@ def _keyed(cls: type[Evaluator], key: str) -> type[Evaluator]:
     return type(cls.__name__, (cls,), {"__module__": cls.__module__}, key=key)
 
 
-def check_evaluators(config: RunConfig) -> None:
+def check_evaluators(config: HasEvaluators) -> None:
     """`parse_evaluators` of a config, for the checks of its class; it keeps nothing."""
     parse_evaluators(config.evaluators, offered=config.offered_evaluators)
 
 
-def needs_base(config: RunConfig) -> bool:
+def needs_base(config: HasEvaluators) -> bool:
     """Whether an evaluator compares with the base, which training must then not consume."""
     return any(one.needs_base for one in parse_evaluators(config.evaluators))
 
 
-def load_held_out(config: RunConfig, tokenizer: Any, *, kind: str) -> list[Any]:
+def load_held_out(config: HasEvaluators, tokenizer: Any, *, kind: str) -> list[Any]:
     """The held-out data of every evaluator, read before anything is computed.
 
     Args:
@@ -297,7 +315,7 @@ def load_held_out(config: RunConfig, tokenizer: Any, *, kind: str) -> list[Any]:
     return [one.load(tokenizer, config.data, kind) for one in parse_evaluators(config.evaluators)]
 
 
-def sources_of(config: RunConfig, *, kind: str) -> list[tuple[str, str, Data]]:
+def sources_of(config: HasEvaluators, *, kind: str) -> list[tuple[str, str, Data]]:
     """What evaluators read: sources, the kinds of their records, and how they are read."""
     return [
         (one.source, one.records or kind, dataclasses.replace(config.data, eval_source=one.source))
@@ -332,7 +350,7 @@ class Context:
 
 
 def run_evaluators(
-    config: RunConfig, context: Context, *, report: str = "report"
+    config: HasEvaluators, context: Context, *, report: str = "report"
 ) -> dict[str, Any]:
     """Runs `config.evaluators`, prints their table and writes the report, if there is a directory.
 
@@ -389,7 +407,7 @@ def _columns(evaluator: Evaluator, row: Mapping[str, Any]) -> dict[str, Any]:
 class SharedSamples:
     """Samples of held-out prompts by the trained model and by the base, drawn when first wanted."""
 
-    def __init__(self, config: RunConfig, context: Context, evaluators: Sequence[Evaluator]):
+    def __init__(self, config: HasEvaluators, context: Context, evaluators: Sequence[Evaluator]):
         self._config, self._context = config, context
         self._data: dict[tuple[str, Sampling], tuple[list[Record], list[Example]]] = {}
         self._kinds: dict[tuple[str, Sampling], set[str]] = {}
@@ -427,12 +445,17 @@ class SharedSamples:
             )
         return self._drawn[place, policy]
 
+    def _model(self, policy: str) -> Transformer:
+        model = self._context.model if policy == "trained" else self._context.base
+        assert model is not None  # `needs_base`
+        return model
+
     def _draw(self, place: tuple[str, Sampling], policy: str, number: int) -> list[Sample]:
         context, (_, sampling) = self._context, place
         records, examples = self._data[place]
         key = jax.random.fold_in(jax.random.key(context.seed), _FOLD + number)
         samples = draw_samples(
-            context.model if policy == "trained" else context.base,
+            self._model(policy),
             context.mesh,
             context.tokenizer,
             records,
@@ -445,7 +468,7 @@ class SharedSamples:
         if policy == "base" or "kl" not in self._kinds[place]:
             return samples
         return with_log_probs_under(
-            context.base,
+            self._model("base"),
             context.mesh,
             samples,
             self._config.data,

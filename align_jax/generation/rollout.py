@@ -80,9 +80,12 @@ class Rollout(NamedTuple):
         """The rollout of some of its prompts, in the order given."""
         rows = self.rows(groups)
         return Rollout(
-            [self.prompts[g] for g in groups],
-            *(x[rows] for x in self[1:5]),
-            [self.texts[n] for n in rows],
+            prompts=[self.prompts[g] for g in groups],
+            tokens=self.tokens[rows],
+            mask=self.mask[rows],
+            log_probs=self.log_probs[rows],
+            ended=self.ended[rows],
+            texts=[self.texts[n] for n in rows],
         )
 
     def rows(self, groups: Sequence[int]) -> np.ndarray:
@@ -93,9 +96,12 @@ class Rollout(NamedTuple):
     def concatenate(parts: Sequence["Rollout"]) -> "Rollout":
         """One rollout of all prompts; the parts have the same K and T."""
         return Rollout(
-            [prompt for part in parts for prompt in part.prompts],
-            *(np.concatenate([part[i] for part in parts]) for i in range(1, 5)),
-            [text for part in parts for text in part.texts],
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            tokens=np.concatenate([part.tokens for part in parts]),
+            mask=np.concatenate([part.mask for part in parts]),
+            log_probs=np.concatenate([part.log_probs for part in parts]),
+            ended=np.concatenate([part.ended for part in parts]),
+            texts=[text for part in parts for text in part.texts],
         )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from align_jax.losses._inputs import is_number
 
@@ -14,7 +15,7 @@ class Option:
     """
 
     name: str
-    type: type = float  # float or str
+    value_type: type = float  # float or str
     least: float | None = None
     most: float | None = None
     above: float | None = None
@@ -32,7 +33,7 @@ class Option:
     @property
     def expected(self) -> str:
         """The range in words, such as "from 0 to 1"."""
-        if self.type is str:
+        if self.value_type is str:
             return f"one of {', '.join(map(repr, self.choices))}"
         low = None if self.least is None else f"at least {self.least:g}"
         low = low if self.above is None else f"above {self.above:g}"
@@ -44,8 +45,8 @@ class Option:
             return f"{low} and {high}"
         return " ".join(filter(None, ("a finite number", low or high)))
 
-    def _allows(self, value: object) -> bool:
-        if self.type is str:
+    def _allows(self, value: Any) -> bool:
+        if self.value_type is str:
             return isinstance(value, str) and value in self.choices
         return (
             is_number(value)

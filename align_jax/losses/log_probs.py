@@ -5,7 +5,6 @@ for: `logits[..., t, :]` is the distribution over `tokens[..., t]`, so a caller 
 logits shifts them first.
 """
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -137,9 +136,11 @@ def _project(h: Array, w: Array, temperature: float, cap: float | None) -> Array
     return logits / temperature
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _chunked(hidden, unembedding, tokens, chunk_size, temperature, cap):
+def _chunked_primal(hidden, unembedding, tokens, chunk_size, temperature, cap):
     return _chunked_forward(hidden, unembedding, tokens, chunk_size, temperature, cap)[0]
+
+
+_chunked = jax.custom_vjp(_chunked_primal, nondiff_argnums=(3, 4, 5))
 
 
 def _chunked_forward(hidden, unembedding, tokens, chunk_size, temperature, cap):

@@ -308,7 +308,8 @@ def aggregate_token_losses(
         return masked_mean(token_losses, mask)
     sums = jnp.where(mask, token_losses, 0.0).sum(-1)
     if method == "dr_grpo":
-        require(max_length is not None, "`method='dr_grpo'` needs `max_length`")
+        if max_length is None:
+            raise ValueError("`method='dr_grpo'` needs `max_length`")
         return sums / max_length
     if method == "dapo":
         require(mask.ndim >= 2, f"`method='dapo'` needs [..., G, T], but got {mask.shape}")

@@ -795,7 +795,8 @@ def _moved_mean(
 
 
 def _bco_statistics(values: Mapping[str, jax.Array], beta: Number) -> dict[str, jax.Array]:
-    return {"reward": stop_gradient(sum(BCO.rewards(values, beta=beta)) / 2)}
+    chosen, rejected = BCO.rewards(values, beta=beta)
+    return {"reward": stop_gradient((chosen + rejected) / 2)}
 
 
 def _bco_update(

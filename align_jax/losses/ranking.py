@@ -70,7 +70,7 @@ class RankingLoss:
         """Whether an example is a ranking, and not a pair."""
         return "ranks" in self.reads
 
-    def __call__(self, values: Mapping[str, jax.Array], **options: ArrayLike) -> jax.Array:
+    def __call__(self, values: Mapping[str, jax.Array], **options: Number) -> jax.Array:
         """The loss [B] in nats, from the arrays that `reads` names and the loss's own options."""
         return self.function(*(values[name] for name in self.reads), **options)
 
@@ -118,7 +118,7 @@ def bradley_terry_loss(
     return loss + center_coefficient * (chosen + rejected) ** 2
 
 
-def _first_beats_second(rewards: jax.Array, margin: jax.Array, **options: ArrayLike) -> jax.Array:
+def _first_beats_second(rewards: jax.Array, margin: jax.Array, **options: Number) -> jax.Array:
     return bradley_terry_loss(rewards[:, 0], rewards[:, 1], margin=margin, **options)
 
 

@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from align_jax.errors import ModelError
 from align_jax.files import irregular
 from align_jax.models.gguf import GGUFFile
@@ -118,7 +120,9 @@ def restarts_behind_special(tokenizer: Any) -> bool:
 
 
 def decode_completions(
-    tokenizer: Any, completions: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]
+    tokenizer: Any,
+    completions: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
 ) -> list[str]:
     """The text of each completion behind its prompt, without special tokens.
 

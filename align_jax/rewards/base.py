@@ -100,7 +100,7 @@ def scores_and_components(
     return _validated(combined, records, texts, label), components
 
 
-def check_records(reward: Reward, records: Records) -> None:
+def check_records(reward: Reward | Comparer, records: Records) -> None:
     """Lets the reward refuse prompts before anything is computed.
 
     A reward that needs something of its records (an `answer`) says so in a method

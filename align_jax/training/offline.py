@@ -4,11 +4,10 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from align_jax.data.batching import Attach, check_lengths, make_collate
@@ -18,6 +17,7 @@ from align_jax.data.tokenise import Example
 from align_jax.errors import RunError
 from align_jax.losses.preference import Running
 from align_jax.models.frozen import partition
+from align_jax.models.heads import ScalarModel
 from align_jax.models.transformer import Transformer
 from align_jax.progress import progress
 from align_jax.training.checkpoint import Checkpointer, require_space
@@ -57,11 +57,11 @@ class OfflineConfig(RunConfig):
             )
 
 
-def check_context(config: OfflineConfig, model: Transformer) -> None:
+def check_context(data: Data, model: Transformer | ScalarModel) -> None:
     """Raises `RunError` for texts longer than the model's context."""
-    if config.data.max_length > model.config.context_length:
+    if data.max_length > model.config.context_length:
         raise RunError(
-            f"config.data.max_length = {config.data.max_length} is more than the model's context "
+            f"config.data.max_length = {data.max_length} is more than the model's context "
             f"of {model.config.context_length} tokens."
         )
 
@@ -76,7 +76,10 @@ def check_training_lengths(
 
 
 def count_steps(
-    config: OfflineConfig, directory: Path | None, model: nnx.Module, num_examples: int
+    config: OfflineConfig,
+    directory: Path | None,
+    model: Transformer | ScalarModel,
+    num_examples: int,
 ) -> int:
     """The number of steps of a run; fails now for what would stop it after hours.
 
@@ -84,8 +87,8 @@ def count_steps(
       RunError: sizes in the config that do not fit the data or the model, or too little disk space
         in `directory` for the checkpoints.
     """
-    check_context(config, model)
     data = config.data
+    check_context(data, model)
     if data.batch_size > num_examples:
         raise RunError(
             f"config.data.batch_size = {data.batch_size} is more than there are examples: "
@@ -106,7 +109,10 @@ def count_steps(
     return num_steps
 
 
-class Trained(NamedTuple):
+Model = TypeVar("Model", Transformer, ScalarModel)
+
+
+class Trained(NamedTuple, Generic[Model]):
     """What `train_offline` returns.
 
     Attributes:
@@ -115,7 +121,7 @@ class Trained(NamedTuple):
       running: the running state that the loss ended with; {} if it has none.
     """
 
-    model: nnx.Module
+    model: Model
     metrics: list[dict[str, float]]
     running: dict[str, jax.Array]
 
@@ -123,7 +129,7 @@ class Trained(NamedTuple):
 def train_offline(
     config: OfflineConfig,
     directory: Path | None,
-    model: nnx.Module,
+    model: Model,
     mesh: Mesh,
     examples: Sequence[Example],
     loss_function: LossFunction,
@@ -131,7 +137,7 @@ def train_offline(
     attach: Attach | None = None,
     running: Running | None = None,
     description: str,
-) -> Trained:
+) -> Trained[Model]:
     """Trains `model` (consumed) on `examples`, or goes on where the run was stopped.
 
     Args:
@@ -269,7 +275,7 @@ def fit_offline(
 
 def evaluate_loss(
     config: OfflineConfig,
-    model: Transformer,
+    model: Transformer | ScalarModel,
     mesh: Mesh,
     examples: Sequence[Example],
     loss_function: LossFunction,

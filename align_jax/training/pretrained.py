@@ -106,7 +106,7 @@ def open_mesh(config: RunConfig) -> Mesh:
 def mesh_of(model: Any) -> Mesh:
     """The mesh that a model's arrays lie on; one of their only device if they lie on none."""
     sharding = jax.tree.leaves(model)[0].sharding
-    if isinstance(sharding, NamedSharding):
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding.mesh
     return single_device_mesh(next(iter(sharding.device_set)))
 
@@ -185,6 +185,7 @@ def as_base(config: RunConfig, model: Transformer) -> Transformer:
 def set_computation(model: Transformer, *, compute_dtype: str, remat: str) -> None:
     """Changes how a transformer computes; every module of it holds the configuration."""
     config = dataclasses.replace(model.config, compute_dtype=compute_dtype, remat=remat)
+    module: Any
     for _, module in nnx.iter_modules(model):
         if isinstance(getattr(module, "config", None), TransformerConfig):
             module.config = config

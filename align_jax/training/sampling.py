@@ -38,7 +38,7 @@ def draw_samples(
     mesh: Mesh,
     tokenizer: Any,
     records: Records,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     count: int,
     sampling: Sampling,

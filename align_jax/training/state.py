@@ -1,11 +1,10 @@
 """The train state: what a step reads and writes, and how it lies on a mesh."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from align_jax.distributed.partitioning import named_sharding, replicated
@@ -21,12 +20,13 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: the number of steps taken.
+      model: any tree of parameters: a module, or a policy with its critic.
       optimizer: its state, of the model's trained parameters alone.
       running: what the loss carries from one step to the next, scalars by name; {} for most losses.
     """
 
     step: Array
-    model: nnx.Module
+    model: Any
     optimizer: optax.OptState
     running: dict[str, Array] = {}
 
@@ -54,7 +54,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def init_state(
-    model: nnx.Module,
+    model: Any,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     running: dict[str, Array] | None = None,

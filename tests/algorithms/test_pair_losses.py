@@ -448,5 +448,5 @@ def test_the_options_are_those_of_all_losses():
     config = Config().to_config_dict()
     for loss in LOSSES.values():
         for option in loss.all_options:
-            assert config.loss_options.get_type(option.name) is option.type
+            assert config.loss_options.get_type(option.name) is option.value_type
             assert config.loss_options[option.name] is None

@@ -50,7 +50,8 @@ from align_jax.algorithms.policy_gradient.agent import reference_of, starting_po
 from align_jax.algorithms.policy_gradient.comparison import HeldOutSamples, write_report
 from align_jax.algorithms.policy_gradient.config import Config, HeldOut, Kl, Ptx
 from align_jax.algorithms.policy_gradient.iteration import Trainer
-from align_jax.algorithms.policy_gradient.task import PromptRecords, Task, read_task, text_data
+from align_jax.algorithms.policy_gradient.task import Task, read_task, text_data
+from align_jax.data.dataset import RawRecords
 from align_jax.errors import RunError
 from align_jax.evaluation.evaluators import Context, run_evaluators, sources_of
 from align_jax.evaluation.policies import summarise
@@ -69,11 +70,11 @@ __all__ = ["Config", "HeldOut", "Kl", "Ptx", "Task", "evaluate", "run", "sources
 def train(
     model: Transformer,
     tokenizer: Any,
-    records: PromptRecords | Task,
+    records: RawRecords | Task,
     config: Config,
     *,
     reward: Reward | None = None,
-    held_out: PromptRecords = (),
+    held_out: RawRecords = (),
     workdir: Workdir | str | None = None,
     mesh: Mesh | None = None,
     donate: bool = False,
@@ -99,8 +100,8 @@ def train(
     mesh = mesh or pretrained.mesh_of(model)
     task = records
     if not isinstance(task, Task):
-        task = read_task(config, tokenizer, mesh, records, held_out, reward=reward)
-    offline.check_context(config, model)
+        task = read_task(config, tokenizer, mesh, task, held_out, reward=reward)
+    offline.check_context(config.data, model)
     folder = Workdir.of(workdir, config)
     directory = folder and folder.path
     # The policy copies what it trains: the arrays of `model` are the reference's.
@@ -110,23 +111,25 @@ def train(
     reference = reference_of(model, mesh)
     trainer = Trainer(config, directory, mesh, tokenizer, task, model, reference)
     phases = Phases(directory)
-    policy, metrics = None, []
+    fitted = []
 
     def fit() -> list[dict[str, float]]:
-        nonlocal policy, metrics
-        policy, metrics = trainer.fit()
-        return metrics[-1:]
+        fitted.append(trainer.fit())
+        return fitted[0][1][-1:]
 
     [last] = phases.run("train", fit)
-    if policy is None:  # a run that was stopped after training
+    if fitted:
+        policy, metrics = fitted.pop()
+    else:  # a run that was stopped after training
+        assert directory is not None  # without one every phase is run
         policy = _trained_policy(directory, starting_policy(config, model, mesh))
         metrics = read_metrics(directory)
     summary = {"train": last}
     if task.held_out.examples:
-        held_out = HeldOutSamples(config, mesh, tokenizer, task)
-        base = phases.run("sample_base", lambda: held_out.of_base(reference))
-        trained = phases.run("sample_trained", lambda: held_out.of_trained(policy, reference))
-        summary |= held_out.compare(base, trained)
+        samples = HeldOutSamples(config, mesh, tokenizer, task)
+        base = phases.run("sample_base", lambda: samples.of_base(reference))
+        trained = phases.run("sample_trained", lambda: samples.of_trained(policy, reference))
+        summary |= samples.compare(base, trained)
         summary |= {"seconds": phases.seconds, "seed": config.seed, "config": config.to_dict()}
         if directory is not None:
             write_report(config, directory, summary, base, trained)

@@ -177,5 +177,6 @@ def values_of(
     if isinstance(critic, ScalarModel):
         values = critic.head(predicting_states(critic.transformer, batch))
     else:
+        assert states is not None
         values = critic(states)
     return by_response(values, batch, shape)

@@ -163,6 +163,7 @@ def _gae(config: Config, signals: Signals) -> tuple[Array, Array]:
     )
     if config.whiten_rewards:
         rewards = pg.whiten(rewards, signals.mask, shift_mean=False)
+    assert signals.values is not None  # `needs_critic`
     advantages, returns = pg.gae(
         rewards, signals.values, signals.mask, discount=config.discount, lambda_=config.lambda_
     )

@@ -1,8 +1,7 @@
 """What a policy learns from: prompts, rewards and text, read and checked before any model is."""
 
 import dataclasses
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -10,7 +9,7 @@ from jax.sharding import Mesh
 from align_jax.algorithms.policy_gradient.agent import critic_directory
 from align_jax.algorithms.policy_gradient.config import Config
 from align_jax.data import batching
-from align_jax.data.dataset import Data, examples_of, prompts_of
+from align_jax.data.dataset import Data, RawRecords, examples_of, prompts_of
 from align_jax.data.loader import Loader
 from align_jax.data.records import Record
 from align_jax.data.tokenise import Example
@@ -51,16 +50,12 @@ class Task(NamedTuple):
     measured: list[Any]
 
 
-# Prompts for `train`: dicts with a `prompt`, or a source that `data.sources` reads.
-PromptRecords = Sequence[Mapping[str, Any]] | str | os.PathLike
-
-
 def read_task(
     config: Config,
     tokenizer: Any,
     mesh: Mesh,
-    records: PromptRecords,
-    held_out: PromptRecords = (),
+    records: RawRecords,
+    held_out: RawRecords = (),
     *,
     reward: Reward | None = None,
 ) -> Task:
@@ -94,16 +89,16 @@ def read_task(
             "config.evaluation.reward, or set config.evaluation.source='' for no such samples."
         )
     _check_models(config)
-    held_out = _prompts(config, tokenizer, held_out) if held_out else Prompts([], [])
-    for one, asked in ((reward, prompts), (reward, held_out), (judge, held_out)):
+    compared = _prompts(config, tokenizer, held_out) if held_out else Prompts([], [])
+    for one, asked in ((reward, prompts), (reward, compared), (judge, compared)):
         check_records(one, asked.records)
         for model in reward_models(one):
             model.require_room(asked.records, tokenizer, config.sampling.max_new_tokens)
     measured = load_held_out(config, tokenizer, kind="prompt")
-    return Task(prompts, held_out, reward, judge, _read_text(config, tokenizer), measured)
+    return Task(prompts, compared, reward, judge, _read_text(config, tokenizer), measured)
 
 
-def _prompts(config: Config, tokenizer: Any, records: PromptRecords) -> Prompts:
+def _prompts(config: Config, tokenizer: Any, records: RawRecords) -> Prompts:
     budget = config.sampling.max_new_tokens
     return Prompts(*prompts_of(records, tokenizer, config.data, max_new_tokens=budget))
 
