@@ -5,7 +5,6 @@ for: `logits[..., t, :]` is the distribution over `tokens[..., t]`, so a caller 
 logits shifts them first.
 """
 
-
 import jax
 import jax.numpy as jnp
 

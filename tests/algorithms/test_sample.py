@@ -161,7 +161,7 @@ def test_a_tempered_sample_has_its_log_probability_at_temperature_1(monkeypatch)
         ),
         ({"lora.rank": 4}, RunError, "config.lora is .* but sampling trains nothing"),
         ({"data.eval_source": "x.jsonl"}, RunError, "config.data.eval_source is 'x.jsonl'"),
-        ({"sampling.samples": 0}, RunError, "config.sampling.samples is 0; expected at least 1"),
+        ({"sampling.samples": 0}, RunError, "config.sampling.samples is 0; expected from 1"),
     ],
 )
 def test_a_wrong_config_is_refused(tiny_config, overrides, error, message):
