@@ -254,7 +254,8 @@ def run_at(path: str | os.PathLike) -> StoredRun | None:
                 "directory in the run's own."
             )
         return run_at(part)
-    known = {field.name for field in dataclasses.fields(RunConfig)}
+    # Evaluators are for the run itself, and refused in a config that says of no algorithm.
+    known = {field.name for field in dataclasses.fields(RunConfig)} - {"evaluators"}
     config = RunConfig.from_dict({k: value for k, value in content.items() if k in known})
     # An online policy may have started from another model than its reference.
     return StoredRun(config, folder, content["algorithm"], content.get("init") or config.model)

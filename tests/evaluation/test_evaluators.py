@@ -161,6 +161,12 @@ def test_a_preference_runs_rewards_are_those_of_its_loss(tmp_path):
         preference.Config(loss="kto", evaluators=config.evaluators)
 
 
+def test_a_run_that_has_evaluators_is_one_that_others_can_start_from(tmp_path):
+    held_out = {"kind": "loss", "source": "builtin:tiny_sft"}
+    Workdir(tmp_path / "run", sft.Config(model="tiny", evaluators=(held_out,)))
+    assert pretrained.run_at(tmp_path / "run").config.model == "tiny"
+
+
 def test_an_algorithm_that_offers_none_refuses_them():
     with pytest.raises(RunError, match="config.evaluators is .* this algorithm has no evaluators"):
         sample.Config(evaluators=({"kind": "loss", "source": SOURCE},))
