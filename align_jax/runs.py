@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from align_jax.algorithms import OF_RUNS, settings_of
 from align_jax.data.samples import Sample
 from align_jax.errors import RunError
-from align_jax.settings import Settings, nearest
+from align_jax.settings import Settings
+from align_jax.text import nearest
 from align_jax.training import pretrained
 from align_jax.training.metrics import read_metrics
 from align_jax.training.workdir import read_config

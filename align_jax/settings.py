@@ -19,7 +19,6 @@ other or with None.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import numbers
@@ -29,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from align_jax.errors import RunError
-from align_jax.text import brief
+from align_jax.text import brief, nearest
 
 # `jax.random.key` drops what is above 32 bits, so that two larger seeds could be one.
 MAX_SEED = 2**32 - 1
@@ -158,14 +157,6 @@ class Settings:
 
     def _field(self, name: str) -> Any:
         return functools.reduce(getattr, name.split("."), self)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the known name most like `name`, or lists all of them."""
-    known = list(known)
-    if close := difflib.get_close_matches(name, known, n=1):
-        return f" Did you mean {close[0]!r}?"
-    return f" There are: {', '.join(sorted(known))}." if known else ""
 
 
 @functools.cache

@@ -47,12 +47,19 @@ def brief(value: Any, length: int = 60) -> str:
     return _Brief(length).repr(value)
 
 
-def hint(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown `name`: " Did you mean ...?", or a few known names."""
+def nearest(name: str, known: Iterable[str], *, most: int | None = None) -> str:
+    """The end of an error about an unknown `name`: " Did you mean ...?", or all known names.
+
+    More than `most` names are not listed.
+    """
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    if close:
+    if close := difflib.get_close_matches(str(name), known, n=1):
         return f" Did you mean {close[0]!r}?"
-    if not known:
-        return " It takes none."
-    return f" There are: {', '.join(sorted(known))}." if len(known) <= 20 else ""
+    listed = bool(known) and (most is None or len(known) <= most)
+    return f" There are: {', '.join(sorted(known))}." if listed else ""
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """`nearest` for the keys of a reward, which may take none, and for the names in a module."""
+    known = list(known)
+    return nearest(name, known, most=20) if known else " It takes none."

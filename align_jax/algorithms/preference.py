@@ -38,9 +38,8 @@ from align_jax.settings import Settings
 from align_jax.training import pretrained
 from align_jax.training.offline import (
     OfflineConfig,
-    check_training_lengths,
-    count_steps,
     evaluate_loss,
+    plan_steps,
     train_offline,
 )
 from align_jax.training.reference import compute_log_probs, reference_log_probs
@@ -411,8 +410,7 @@ def train(
     model, mesh = pretrained.as_configured(
         config, model, tokenizer, mesh, donate=donate, directory=directory
     )
-    num_steps = count_steps(config, directory, model, len(examples))
-    check_training_lengths(config, examples, num_steps)
+    num_steps = plan_steps(config, directory, model, examples)
     if reference is None:
         reference = _reference(loss, model, mesh, examples, config.data)
     held_out_reference = _reference(loss, model, mesh, held_out, config.data)
@@ -425,6 +423,7 @@ def train(
         preference_loss(loss, beta=config.beta, **options_of(config)),
         attach=attach_reference(examples, reference),
         running=loss.running,
+        num_steps=num_steps,
         description=loss.name.upper(),
     )
     summary = _evaluated(

@@ -44,7 +44,8 @@ from align_jax.generation.rollout import Sampling
 from align_jax.models.transformer import Transformer
 from align_jax.rewards.base import Comparer, Reward, check_records, checked_probabilities
 from align_jax.rewards.configured import check_comparer, check_reward, make_comparer, make_reward
-from align_jax.settings import Described, Settings, nearest
+from align_jax.settings import Described, Settings
+from align_jax.text import nearest
 from align_jax.training.metrics import read_metrics
 from align_jax.training.phases import Phases
 from align_jax.training.sampling import draw_samples, with_log_probs_under, with_scores

@@ -1,6 +1,5 @@
 """The offline loop: iterate a data set, step, log, save; stop cleanly; continue exactly."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +24,10 @@ from align_jax.training.metrics import MetricWriter
 from align_jax.training.not_finite import causes
 from align_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
 from align_jax.training.pretrained import RunConfig
+from align_jax.training.resume import resumed
 from align_jax.training.signals import Interrupted, StopSignals
 from align_jax.training.state import TrainState, init_state
 from align_jax.training.step import LossFunction, make_train_step, place_batch
-from align_jax.training.workdir import only_run_in
 
 MAX_EPOCHS, MAX_STEPS = 10**5, 10**7
 
@@ -112,6 +111,23 @@ def count_steps(
 Model = TypeVar("Model", Transformer, ScalarModel)
 
 
+def plan_steps(
+    config: OfflineConfig,
+    directory: Path | None,
+    model: Transformer | ScalarModel,
+    examples: Sequence[Example],
+) -> int:
+    """`count_steps` of a training on `examples`, every batch of which fits.
+
+    Raises:
+      RunError: see `count_steps`.
+      DataError: see `check_lengths`.
+    """
+    num_steps = count_steps(config, directory, model, len(examples))
+    check_training_lengths(config, examples, num_steps)
+    return num_steps
+
+
 class Trained(NamedTuple, Generic[Model]):
     """What `train_offline` returns.
 
@@ -136,6 +152,7 @@ def train_offline(
     *,
     attach: Attach | None = None,
     running: Running | None = None,
+    num_steps: int | None = None,
     description: str,
 ) -> Trained[Model]:
     """Trains `model` (consumed) on `examples`, or goes on where the run was stopped.
@@ -144,15 +161,17 @@ def train_offline(
       directory: the run's; None keeps nothing on disk.
       attach: gives an example's batch more values; see `data.batching.Attach`.
       running: the state that the loss function takes as a third argument, and its update.
+      num_steps: of `plan_steps`, where the caller has called it before something costly; None calls
+        it here.
 
     Raises:
-      RunError: see `count_steps`; a checkpoint of another model; a loss that is not finite.
-      DataError: see `check_lengths`.
+      RunError, DataError: see `plan_steps`.
+      RunError: a checkpoint of another model; a loss that is not finite.
       Interrupted: see `fit_offline`.
     """
     data = config.data
-    num_steps = count_steps(config, directory, model, len(examples))
-    check_training_lengths(config, examples, num_steps)
+    if num_steps is None:
+        num_steps = plan_steps(config, directory, model, examples)
     loader = Loader(
         examples, batch_size=data.batch_size, seed=config.seed, collate=make_collate(data, attach)
     )
@@ -167,32 +186,22 @@ def train_offline(
         accumulated=data.accumulation > 1,
         update_running=running and running.update,
     )
-    with contextlib.ExitStack() as stack:
-        checkpointer = resumed = None
-        if directory is not None:
-            stack.enter_context(only_run_in(directory))
-            checkpointer = Checkpointer(directory / "checkpoints", clean=True)
-            stack.callback(checkpointer.close)
-        if checkpointer is not None and checkpointer.latest_step() is not None:
-            state, _ = checkpointer.restore(state)
-            resumed = int(state.step)
-        writer = stack.enter_context(
-            MetricWriter(directory, resume_step=resumed, wandb_project=config.wandb_project or None)
-        )
+    with resumed(config, directory, state) as run:
+        state = run.state  # the one before is not kept in memory beside it
         state = fit_offline(
             state,
             train_step,
             loader,
             mesh=mesh,
             num_steps=num_steps,
-            checkpointer=checkpointer,
-            writer=writer,
+            checkpointer=run.checkpointer,
+            writer=run.writer,
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
             accumulated=data.accumulation > 1,
             description=description,
         )
-    return Trained(state.model, writer.rows, state.running)
+    return Trained(state.model, run.writer.rows, state.running)
 
 
 def fit_offline(

@@ -5,7 +5,6 @@ of whole iterations: whatever interrupts it, it goes on from the end of one, wit
 that depend on the iteration's number alone.
 """
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from align_jax.training.checkpoint import Checkpointer
 from align_jax.training.metrics import MetricWriter, read_metrics
 from align_jax.training.not_finite import causes
 from align_jax.training.pretrained import RunConfig
+from align_jax.training.resume import resumed
 from align_jax.training.signals import Interrupted, StopSignals
 from align_jax.training.state import TrainState
-from align_jax.training.workdir import only_run_in
 
 # What an algorithm keeps between iterations beside its state: JSON numbers by name.
 Memory = dict[str, Any]
@@ -58,18 +57,9 @@ def train_online(
 
     Raises: as `fit_online`; RunError also for a checkpoint of another model.
     """
-    with contextlib.ExitStack() as stack:
-        checkpointer = resumed = None
-        if directory is not None:
-            stack.enter_context(only_run_in(directory))
-            checkpointer = Checkpointer(directory / "checkpoints", clean=True)
-            stack.callback(checkpointer.close)
-        if checkpointer is not None and checkpointer.latest_step() is not None:
-            state, memory = checkpointer.restore(state)
-            resumed = int(state.step)
-        writer = stack.enter_context(
-            MetricWriter(directory, resume_step=resumed, wandb_project=config.wandb_project or None)
-        )
+    with resumed(config, directory, state) as run:
+        state = run.state  # the one before is not kept in memory beside it
+        memory = memory if run.data is None else run.data
 
         def save_samples(iteration: int, samples: list[Sample]) -> None:
             if directory is not None and hosts.first():
@@ -81,14 +71,14 @@ def train_online(
             iterate,
             mesh=mesh,
             num_iterations=num_iterations,
-            checkpointer=checkpointer,
-            writer=writer,
+            checkpointer=run.checkpointer,
+            writer=run.writer,
             save_samples=save_samples,
             checkpoint_every=config.checkpoint_every,
             description=description,
         )
     # The file has the rows from before a stop on every host, the writer on the first one only.
-    return state, writer.rows if directory is None else read_metrics(directory)
+    return state, run.writer.rows if directory is None else read_metrics(directory)
 
 
 def fit_online(

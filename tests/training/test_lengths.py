@@ -100,7 +100,7 @@ def test_a_run_ends_before_the_reference_is_scored(tiny_config, tmp_path, monkey
     monkeypatch.setattr(preference, "reference_log_probs", score)
     overrides = {"data.length_buckets": (64,), "data.batch_size": 8, "data.rows": 8}
     if held_out:
-        monkeypatch.setattr(preference, "check_training_lengths", lambda *args: None)
+        monkeypatch.setattr(offline, "check_training_lengths", lambda *args: None)
         overrides["data.eval_source"] = "builtin:tiny_preferences"
     config = tiny_config("dpo", overrides)
     with pytest.raises(Scored):  # eight rows for eight examples: each fits
