@@ -82,6 +82,7 @@ def _speak_for_a_busy_main_thread() -> Callable[[], None]:
     """
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
+    over = threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -90,17 +91,19 @@ def _speak_for_a_busy_main_thread() -> Callable[[], None]:
         said = False
         while numbers := os.read(reader, 64):
             stopping = [number for number in numbers if number in _STOPPING]
-            if said or not stopping or _handled.wait(_PATIENCE):
+            # A thread may come late: what it hears of a run that is over is not for the next one.
+            if said or not stopping or _handled.wait(_PATIENCE) or over.is_set():
                 continue
             said, name = True, signal.Signals(stopping[0]).name
             if _loops or hosts.several():
                 _say(f"{name} is noted. The run saves what it has and stops when it can.")
-            elif not _handled.wait(_PATIENCE) and not _loops:
+            elif not (_handled.wait(_PATIENCE) or _loops or over.is_set()):
                 _say(str(Stopped(stopping[0])))
                 os._exit(128 + stopping[0])
         os.close(reader)
 
     def silence() -> None:
+        over.set()
         signal.set_wakeup_fd(before)
         os.close(writer)
 

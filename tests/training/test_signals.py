@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -101,3 +102,24 @@ def test_a_signal_is_answered_while_the_main_thread_is_busy(where, message):
     if where == "start":
         assert process.returncode == 128 + signal.SIGINT
         assert errors.count("align-jax:") == 1 and "Traceback" not in errors
+
+
+def test_a_listener_that_comes_late_ends_no_later_run(monkeypatch):
+    ended, late, read = [], threading.Event(), os.read
+
+    def slow(file, size):
+        content = read(file, size)
+        if content and threading.current_thread().name == "align_jax signals":
+            late.wait(5)
+        return content
+
+    monkeypatch.setattr(signals, "_PATIENCE", 0.05)
+    monkeypatch.setattr(signals.os, "read", slow)
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    with pytest.raises(Stopped), stopping_between_loops():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    with stopping_between_loops():
+        late.set()
+        time.sleep(0.5)
+    assert not ended
